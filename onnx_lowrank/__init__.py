@@ -1,0 +1,30 @@
+"""Smaller, faster ONNX models by low-rank decomposition, after training."""
+
+from onnx_lowrank import budgets, decompositions, ranks
+from onnx_lowrank.config import Config, make_config
+from onnx_lowrank.pipeline import Inspection, Result, Verification, analyze, apply, compress, inspect, verify
+from onnx_lowrank.report.data import Report
+from onnx_lowrank.types import Budget, Candidate, Cost, LowRankError, Plan, Skip
+
+__all__ = [
+    "Budget",
+    "Candidate",
+    "Config",
+    "Cost",
+    "Inspection",
+    "LowRankError",
+    "Plan",
+    "Report",
+    "Result",
+    "Skip",
+    "Verification",
+    "analyze",
+    "apply",
+    "budgets",
+    "compress",
+    "decompositions",
+    "inspect",
+    "make_config",
+    "ranks",
+    "verify",
+]

@@ -1,0 +1,156 @@
+"""Where plans are carried out and measured: files in a scratch folder, the original beside each attempt."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx_lowrank.config import Config
+from onnx_lowrank.data import load_function
+from onnx_lowrank.graph.check import check_model
+from onnx_lowrank.graph.find import model_cost
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.save import save
+from onnx_lowrank.planner import Planner
+from onnx_lowrank.report.data import Size
+from onnx_lowrank.rewrite import LayerReport
+from onnx_lowrank.runtime import RunSettings, Session
+from onnx_lowrank.subject import open_config_data, shapes_of
+from onnx_lowrank.types import LowRankError, Plan
+from onnx_lowrank.verify import (
+    Accuracy,
+    Batches,
+    Latency,
+    check_accuracy,
+    check_latency,
+    find_metric,
+    first_feeds,
+)
+
+EVALUATION_BATCH = 32
+"""Samples run at a time; no figure depends on it."""
+
+RANDOM_SAMPLES = 8
+"""Made up where no data is given, to see at least that the result runs and stays near the original."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One plan carried out and measured."""
+
+    plan: Plan
+    model: Model
+    path: Path
+    layers: tuple[LayerReport, ...]
+    size: Size
+    accuracy: Accuracy
+
+
+class Bench:
+    """Measures attempts against the original, which stays in a session all along."""
+
+    def __init__(self, planner: Planner, folder: Path) -> None:
+        self.planner = planner
+        self._folder = folder
+        self._settings = RunSettings(planner.config.provider, planner.config.threads)
+        self._count = 0
+        subject = planner.subject
+        # the file as given where there is one: what users run, and read from disk only once
+        given = subject.model.path if subject.model.path and not planner.config.fold_batchnorm else None
+        self._path = given or self._write(subject.model)
+        self._session = Session(self._path, self._settings)
+        self._objection = check_model(self._path)
+        self.original = Size(subject.cost.macs, subject.cost.params, _bytes(self._path))
+        self._data = open_config_data("evaluate", subject.inputs, planner.config) or open_config_data(
+            "calibrate", subject.inputs, planner.config
+        )
+        self.notes: tuple[str, ...] = ()
+        if self._data is None:
+            self.notes += (
+                "no data was given: outputs were compared on random inputs, which says little about accuracy; "
+                "give --evaluate DATA",
+            )
+        self._metric = _metric(planner.config)
+
+    def attempt(self, plan: Plan) -> Attempt:
+        """Carry out `plan` and measure what comes out."""
+        model, layers = self.planner.carry_out(plan)
+        return self.measure(model, plan, layers)
+
+    def measure(self, model: Model, plan: Plan, layers: tuple[LayerReport, ...]) -> Attempt:
+        """Check a model against the original.
+
+        Raises
+        ------
+        LowRankError
+            Where ONNX or ONNX Runtime refuses it, or it returns something else than the original.
+        """
+        path = self._path if model is self.planner.subject.model else self._write(model)
+        with self.planner.stage("verify"):
+            objection = check_model(path)
+            if objection and not self._objection:
+                raise LowRankError(f"the rewritten model is not valid, please report this: {objection}")
+            session = Session(path, self._settings) if path != self._path else self._session
+            if session.outputs != self._session.outputs:
+                raise LowRankError("the two models have different outputs: two versions of one model were expected")
+            name, metric = self._metric
+            accuracy = check_accuracy(self._session, session, self._batches(), name, metric)
+        cost, _ = model_cost(model, shapes_of(model, self.planner.subject.inputs, self.planner.subject.sample_shapes))
+        return Attempt(plan, model, path, layers, Size(cost.macs, cost.params, _bytes(path)), accuracy)
+
+    def latency(self, attempt: Attempt) -> Latency:
+        """Time an attempt against the original, each in a fresh session."""
+        config, subject = self.planner.config, self.planner.subject
+        feeds = (
+            subject.feeds(config.batch_size)
+            if self._data is None
+            else first_feeds(self._data.batches(config.batch_size))
+        )
+        with self.planner.stage("latency"):
+            session = Session(attempt.path, self._settings)
+            return check_latency(self._session, session, feeds, self._settings)
+
+    def _batches(self) -> Batches:
+        progress = self.planner.progress
+        if self._data is None:
+            for number in range(RANDOM_SAMPLES):
+                yield self.planner.subject.feeds(1, seed=number), None
+            return
+        total, done = self._data.samples or 0, 0
+        for feeds, labels in self._data.batches(EVALUATION_BATCH):
+            yield feeds, labels
+            done += EVALUATION_BATCH
+            progress("verify", min(done, total or done), total or done)
+
+    def _write(self, model: Model) -> Path:
+        self._count += 1
+        folder = self._folder / str(self._count)
+        folder.mkdir()
+        save(model, folder / "model.onnx")
+        return folder / "model.onnx"
+
+
+@contextmanager
+def open_bench(planner: Planner) -> Iterator[Bench]:
+    """A bench with a scratch folder, which goes when the work is done."""
+    with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
+        yield Bench(planner, Path(folder))
+
+
+def _metric(config: Config):  # type: ignore[no-untyped-def]
+    """Name of the metric, and the function where it is the user's own."""
+    if config.metric is None:
+        return None, None
+    if ".py:" in config.metric:
+        return config.metric, load_function(config.metric)
+    find_metric(config.metric)
+    return config.metric, None
+
+
+def _bytes(path: Path) -> int:
+    """Size of a model with its data file."""
+    data = path.with_name(path.name + ".data")
+    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)

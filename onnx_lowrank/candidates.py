@@ -1,0 +1,222 @@
+"""Layers x decompositions x ranks -> priced candidates. Every cost comes from the chain, by one function."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnx_lowrank.decompositions import find_decomposition, lift
+from onnx_lowrank.types import DENSE, Candidate, Chain, Cost, Decomposition, Layer, LowRankError, Rank, Skip, Stage
+
+RANKS_PER_MODE = {1: 64, 2: 16}
+"""Most ranks tried along each mode, by the number of modes: past this the grid is coarser than one block."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are decided together: one layer, or all that read one stored kernel in the same way."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def dense(self) -> Candidate:
+        """The candidate that changes nothing."""
+        macs = sum(layer.macs for layer in self.layers)
+        return Candidate(self.names, DENSE, (), (), Cost(macs, self.layers[0].spec.params), 0.0)
+
+
+def group_layers(layers: Sequence[Layer]) -> tuple[Group, ...]:
+    """Layers in groups that share a stored kernel; one that something else reads too is decided alone."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        key = layer.name if layer.weight_kept else layer.weight_name
+        groups.setdefault(key, []).append(layer)
+    return tuple(Group(tuple(members)) for members in groups.values())
+
+
+def chain_macs(chain: Chain, layer: Layer) -> int:
+    """Multiply-accumulates of `chain` in the place of `layer`, for one sample."""
+    size, macs = layer.input_size, 0
+    for stage in chain:
+        after = stage.spec.output_size(size)
+        macs += layer.batch * math.prod(size if stage.spec.transposed else after) * stage.spec.params
+        size = after
+    return macs
+
+
+def chain_params(chains: Sequence[Chain]) -> int:
+    """Stored elements of the kernels of `chains`, shared ones once."""
+    shared = {stage.shared: stage.spec.params for chain in chains for stage in chain if stage.shared}
+    return sum(shared.values()) + sum(s.spec.params for chain in chains for s in chain if not s.shared)
+
+
+def price(group: Group, name: str, rank: Rank, error: float) -> Candidate:
+    """The candidate that decomposes `group` by `name` at `rank`.
+
+    Raises
+    ------
+    LowRankError
+        Where the decomposition refuses the layers or has no such rank.
+    """
+    specs = [layer.spec for layer in group.layers]
+    decomposition = find_decomposition(name)
+    reason = lift.refuses(decomposition, specs)
+    if reason:
+        raise LowRankError(f"layer '{group.names[0]}' cannot be decomposed by {name}: {reason}")
+    highest = lift.max_rank(decomposition, specs)
+    if len(rank) != len(highest) or any(not 1 <= r <= most for r, most in zip(rank, highest, strict=True)):
+        raise LowRankError(
+            f"rank {show_rank(rank)} of {name} for layer '{group.names[0]}': {len(highest)} number(s) were expected, "
+            f"from 1 to {show_rank(highest)}"
+        )
+    chains = _tie(group, lift.chains(decomposition, specs[:1], rank), decomposition, rank)
+    macs = sum(chain_macs(chain, layer) for chain, layer in zip(chains, group.layers, strict=True))
+    kept = group.layers[0].spec.params if group.layers[0].weight_kept else 0
+    return Candidate(group.names, name, rank, chains, Cost(macs, chain_params(chains) + kept), error)
+
+
+def _tie(group: Group, first: tuple[Chain, ...], decomposition: Decomposition, rank: Rank) -> tuple[Chain, ...]:
+    """A chain for each layer of the group, with every kernel shared where there are several layers."""
+    if len(group.layers) == 1:
+        return first
+    stem = group.layers[0].weight_name
+    chains = (lift.chains(decomposition, [layer.spec], rank)[0] for layer in group.layers)
+    return tuple(tuple(Stage(stage.spec, f"{stem}_{i}") for i, stage in enumerate(chain)) for chain in chains)
+
+
+def show_rank(rank: Rank) -> str:
+    """A rank as people write it: ``32`` or ``32x16``.
+
+    Examples
+    --------
+    >>> show_rank((32, 16))
+    '32x16'
+    """
+    return "x".join(map(str, rank))
+
+
+def rank_grid(highest: Rank, block: int) -> list[Rank]:
+    """Ranks to try: multiples of `block` up to `highest`, at most ``RANKS_PER_MODE`` of them along each mode.
+
+    Below one block every power of two is tried too: a small layer has nothing else.
+
+    Examples
+    --------
+    >>> rank_grid((24,), 8)
+    [(1,), (2,), (4,), (8,), (16,), (24,)]
+    """
+    most = RANKS_PER_MODE.get(len(highest), 8)
+    return list(itertools.product(*(_mode_ranks(top, block, most) for top in highest)))
+
+
+def _mode_ranks(top: int, block: int, most: int) -> list[int]:
+    small = [1 << power for power in range(block.bit_length() - 1) if 1 << power <= top]
+    count = top // block
+    picks = sorted({round(i) for i in np.linspace(1, count, min(count, most))}) if count else []
+    return small + [block * pick for pick in picks]
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Reads a kernel that is in memory already; unlike a reader of the model, it can be sent to another process."""
+
+    value: np.ndarray
+
+    def __call__(self) -> np.ndarray:
+        return self.value
+
+
+def loaded(group: Group) -> Group:
+    """`group` with its kernel in memory."""
+    read = InMemory(group.layers[0].read_weight())
+    return Group(tuple(replace(layer, read_weight=read) for layer in group.layers))
+
+
+def group_candidates(group: Group, methods: Sequence[str], block: int) -> tuple[tuple[Candidate, ...], Skip | None]:
+    """Every candidate of `group` that saves something, the dense one first, and why there is none besides it.
+
+    A candidate saves something where it has fewer MACs and no more parameters than the layer; those that
+    another beats in cost and error are dropped.
+    """
+    dense = group.dense
+    specs = [group.layers[0].spec]
+    found: list[Candidate] = []
+    reasons: list[str] = []
+    weights: list[np.ndarray] | None = None
+    for name in methods:
+        decomposition = find_decomposition(name)
+        reason = lift.refuses(decomposition, specs)
+        if reason:
+            reasons.append(reason)
+            continue
+        grid = rank_grid(lift.max_rank(decomposition, specs), block)
+        cheaper = [c for c in (price(group, name, rank, math.inf) for rank in grid) if saves(c, dense)]
+        if not cheaper:
+            reasons.append(f"too small: {name} saves nothing at any rank of its grid")
+            continue
+        if weights is None:
+            weights = [group.layers[0].read_weight()]
+        errors = lift.errors(decomposition, specs, weights, [c.rank for c in cheaper])
+        found += [_with_error(c, float(e)) for c, e in zip(cheaper, errors, strict=True)]
+    if not found:
+        why = reasons[-1] if reasons else f"none of the methods {', '.join(methods)} applies"
+        return (dense,), Skip(group.names[0], group.layers[0].op_type, why)
+    return (dense, *pareto(found)), None
+
+
+def saves(candidate: Candidate, dense: Candidate) -> bool:
+    """Whether a candidate is worth having beside `dense`: cheaper in one count and no dearer in the other."""
+    cost, whole = candidate.cost, dense.cost
+    return cost.macs <= whole.macs and cost.params <= whole.params and cost != whole
+
+
+def _with_error(candidate: Candidate, error: float) -> Candidate:
+    return replace(candidate, error=max(error, 0.0))
+
+
+def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that no other beats in MACs, parameters and error together."""
+    kept: list[Candidate] = []
+    for c in sorted(candidates, key=lambda c: (c.error, c.cost.macs, c.cost.params)):
+        # sorted by error: what is kept already is at least as accurate
+        if not any(k.cost.macs <= c.cost.macs and k.cost.params <= c.cost.params for k in kept):
+            kept.append(c)
+    return kept
+
+
+def estimated_candidate(
+    group: Group, methods: Sequence[str], estimator: Callable[[np.ndarray], int], block: int
+) -> Candidate | Skip:
+    """`group` by the first method that applies, at the rank that `estimator` gives, aligned upwards to `block`.
+
+    An estimate of 0 means that the kernel holds no signal above its noise; it is never taken for a rank.
+    """
+    first, dense = group.layers[0], group.dense
+    reasons = []
+    for name in methods:
+        decomposition = find_decomposition(name)
+        reason = lift.refuses(decomposition, [first.spec])
+        if reason:
+            reasons.append(reason)
+            continue
+        weights = [first.read_weight()]
+        estimate = lift.estimate_rank(decomposition, [first.spec], weights, estimator)
+        if 0 in estimate:
+            return Skip(first.name, first.op_type, f"{name}: the estimated rank is 0, so no rank is safe: left dense")
+        highest = lift.max_rank(decomposition, [first.spec])
+        rank = tuple(min(-(-r // block) * block, most) for r, most in zip(estimate, highest, strict=True))
+        candidate = price(group, name, rank, math.inf)
+        if not saves(candidate, dense):
+            return Skip(
+                first.name, first.op_type, f"{name} at the estimated rank {show_rank(rank)} saves nothing: left dense"
+            )
+        return _with_error(candidate, float(lift.errors(decomposition, [first.spec], weights, [rank])[0]))
+    return Skip(first.name, first.op_type, reasons[-1] if reasons else "no method applies")

@@ -1,0 +1,271 @@
+"""The command line: argv to Config and back; the only file that prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from onnx_lowrank import pipeline, runtime
+from onnx_lowrank.config import METHODS, Config, make_config, parse_budgets, parse_input_shapes, read_config
+from onnx_lowrank.decompositions import DECOMPOSITIONS
+from onnx_lowrank.graph.save import check_destination
+from onnx_lowrank.plans import plan_to_dict
+from onnx_lowrank.ranks import RANK_ESTIMATORS
+from onnx_lowrank.report.data import package_version
+from onnx_lowrank.report.text import render_inspection, render_report, render_verification
+from onnx_lowrank.types import LowRankError
+from onnx_lowrank.verify import METRICS
+
+MET, UNMET, BAD_INPUT = 0, 1, 2
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line in the place of the usage text for a mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LowRankError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0: everything asked for was met, 1: not met, 2: bad input."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        arguments = _parser().parse_args(argv)
+        logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.ERROR, format="%(message)s")
+        return int(arguments.command(arguments))
+    except LowRankError as error:
+        errors.print(f"onnx-lowrank: {error}", markup=False)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        errors.print("onnx-lowrank: interrupted; nothing was written", markup=False)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="onnx-lowrank", description="Smaller, faster ONNX models by low-rank decomposition, after training."
+    )
+    parser.add_argument("--version", action="version", version=package_version())
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run)
+        sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
+        sub.add_argument("--verbose", action="store_true", help="print what happens inside")
+        return sub
+
+    sub = command("inspect", _inspect, "what is in a model, what each layer could become, why others are left alone")
+    sub.add_argument("model", metavar="MODEL")
+    _options(sub, "layers", "inputs", "work")
+
+    sub = command("compress", _compress, "the main job: a smaller, faster model, checked")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("out", metavar="OUT")
+    _options(sub, "goal", "layers", "data", "inputs", "latency", "work", "reports")
+
+    sub = command("apply", _apply, "a saved (and perhaps edited) plan, executed")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("plan_file", metavar="PLAN")
+    sub.add_argument("out", metavar="OUT")
+    _options(sub, "data", "inputs", "latency", "work", "reports")
+
+    sub = command("verify", _verify, "accuracy, latency and placement of two models, side by side")
+    sub.add_argument("model", metavar="ORIGINAL")
+    sub.add_argument("other", metavar="OTHER")
+    _options(sub, "data", "inputs", "latency", "reports")
+
+    command(
+        "providers", _providers, "the execution providers of this build of ONNX Runtime, and which of them work here"
+    )
+    return parser
+
+
+OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
+    "goal": (
+        (
+            "--budget",
+            {
+                "action": "append",
+                "metavar": "METRIC=RATIO",
+                "help": "macs, params, size or latency, as a fraction of the original; repeatable",
+            },
+        ),
+        (
+            "--max-drop",
+            {"type": float, "metavar": "X", "help": "largest loss of the metric accepted, with 95 %% confidence"},
+        ),
+        ("--objective", {"metavar": "METRIC", "help": "what to make small under --max-drop (default: latency)"}),
+        (
+            "--rank",
+            {
+                "metavar": "ESTIMATOR",
+                "help": f"no allocation: a rank for each layer by {', '.join(RANK_ESTIMATORS)}, as in energy=0.95",
+            },
+        ),
+    ),
+    "layers": (
+        ("--methods", {"metavar": "LIST", "help": f"of {', '.join(DECOMPOSITIONS)} (default: {','.join(METHODS)})"}),
+        ("--include", {"action": "append", "metavar": "GLOB", "help": "only layers of these names; repeatable"}),
+        ("--exclude", {"action": "append", "metavar": "GLOB", "help": "no layers of these names; repeatable"}),
+        (
+            "--align",
+            {"type": int, "metavar": "N", "help": "multiple that ranks are kept to (default: this machine's kernels)"},
+        ),
+        (
+            "--fold-batchnorm",
+            {"action": "store_true", "default": None, "help": "fold BatchNormalization into convolutions first"},
+        ),
+    ),
+    "data": (
+        (
+            "--calibrate",
+            {"metavar": "DATA", "help": "unlabelled samples: .npz, .npy, a folder of pictures, FILE.py:function..."},
+        ),
+        ("--evaluate", {"metavar": "DATA", "help": "samples for the accuracy check, with labels or without"}),
+        ("--preprocess", {"metavar": "F.toml", "help": "how pictures become inputs"}),
+        ("--metric", {"metavar": "NAME", "help": f"{', '.join(METRICS)} or FILE.py:function"}),
+    ),
+    "inputs": (
+        ("--input-shape", {"action": "append", "metavar": "NAME:1,3,224,224", "help": "sizes of an input; repeatable"}),
+    ),
+    "latency": (
+        ("--provider", {"metavar": "NAME", "help": "execution provider that latency is measured on (default: CPU)"}),
+        ("--threads", {"type": int, "metavar": "N", "help": "threads of one operator (default: 1)"}),
+        ("--batch-size", {"type": int, "metavar": "N", "help": "samples that latency is measured on (default: 1)"}),
+    ),
+    "work": (
+        ("--jobs", {"type": int, "metavar": "N", "help": "processes (default: one for each core)"}),
+        ("--seed", {"type": int, "metavar": "N", "help": "of every random choice (default: 0)"}),
+    ),
+    "reports": (("--json", {"metavar": "F", "help": "write the report as JSON"}),),
+}
+"""Options in groups; each is a field of Config, but for those that name a file to write."""
+
+
+def _options(sub: argparse.ArgumentParser, *groups: str) -> None:
+    for group in groups:
+        box = sub.add_argument_group(group)
+        for flag, settings in OPTIONS[group]:
+            box.add_argument(flag, **settings)
+    if "goal" in groups:
+        sub.add_argument("--plan", metavar="F", help="write the plan as JSON, to edit and give to apply")
+    sub.add_argument("--config", metavar="F.toml", help="options by their names; the command line has the last word")
+
+
+NOT_CONFIG = ("name", "command", "quiet", "verbose", "model", "other", "out", "plan_file", "plan", "json", "config")
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    options = read_config(arguments.config) if arguments.config else {}
+    if isinstance(options.get("input_shape"), list):
+        options["input_shape"] = parse_input_shapes(options["input_shape"])
+    given = {k: v for k, v in vars(arguments).items() if k not in NOT_CONFIG and v is not None}
+    if "budget" in given:
+        given["budget"] = parse_budgets(given["budget"])
+    if "input_shape" in given:
+        given["input_shape"] = parse_input_shapes(given["input_shape"])
+    return make_config(**(options | given))
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    with _progress(arguments) as progress:
+        view = pipeline.inspect(arguments.model, config=_config(arguments), progress=progress)
+    _print(arguments, render_inspection(view))
+    return MET
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    _check_files(arguments, arguments.out, arguments.json, arguments.plan)
+    with _progress(arguments) as progress:
+        result = pipeline.compress(arguments.model, config=config, progress=progress)
+    return _write(arguments, result)
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    _check_files(arguments, arguments.out, arguments.json)
+    with _progress(arguments) as progress:
+        result = pipeline.apply(arguments.model, arguments.plan_file, config=config, progress=progress)
+    return _write(arguments, result)
+
+
+def _write(arguments: argparse.Namespace, result: pipeline.Result) -> int:
+    out = Path(arguments.out)
+    if not result.met:
+        out = out.with_name(f"{out.stem}.unmet{out.suffix}")
+    result.save(out)
+    if getattr(arguments, "plan", None):
+        _write_json(arguments.plan, plan_to_dict(result.plan))
+    if arguments.json:
+        _write_json(arguments.json, result.report.to_dict())
+    _print(arguments, [*render_report(result.report), f"written: {out}"])
+    return MET if result.met else UNMET
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    _check_files(arguments, arguments.json)
+    with _progress(arguments) as progress:
+        check = pipeline.verify(arguments.model, arguments.other, config=_config(arguments), progress=progress)
+    if arguments.json:
+        _write_json(arguments.json, check.to_dict())
+    _print(arguments, render_verification(check))
+    return MET
+
+
+def _providers(arguments: argparse.Namespace) -> int:
+    lines = [f"{name}: {state}" for name, state in pipeline.providers()]
+    _print(arguments, [f"ONNX Runtime {runtime.version()}", *lines])
+    return MET
+
+
+def _check_files(arguments: argparse.Namespace, *files: str | None) -> None:
+    """See before the work that everything can be written after it."""
+    source = Path(arguments.model)
+    for file in files:
+        if file is not None:
+            check_destination(Path(file), source)
+    names = [Path(file).resolve() for file in files if file is not None]
+    if len(set(names)) != len(names):
+        raise LowRankError("one file was named for two results: a name for each was expected")
+
+
+def _write_json(path: str, data: dict[str, Any]) -> None:
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    part.replace(path)
+
+
+def _print(arguments: argparse.Namespace, parts: Iterable[Any]) -> None:
+    if not arguments.quiet:
+        console = Console(highlight=False)
+        for part in parts:
+            console.print(part)
+
+
+@contextmanager
+def _progress(arguments: argparse.Namespace) -> Any:
+    """Bars on a terminal, nothing when piped or quiet."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=arguments.quiet or not console.is_terminal
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report

@@ -1,0 +1,37 @@
+"""The table of decompositions. A new one is one file and one line here."""
+
+from __future__ import annotations
+
+from onnx_lowrank.decompositions.channel_svd import SVD, ChannelSVD, ChannelSVDIn
+from onnx_lowrank.decompositions.cp import CP3, CP4
+from onnx_lowrank.decompositions.spatial_svd import SpatialSVD
+from onnx_lowrank.decompositions.tucker2 import Tucker2
+from onnx_lowrank.types import Decomposition, LowRankError
+
+DECOMPOSITIONS: dict[str, Decomposition] = {
+    member.name: member
+    for member in (
+        SVD(),
+        ChannelSVD(),
+        ChannelSVDIn(),
+        SpatialSVD(),
+        Tucker2(),
+        CP3(),
+        CP4(),
+    )
+}
+
+__all__ = ["DECOMPOSITIONS", "find_decomposition"]
+
+
+def find_decomposition(name: str) -> Decomposition:
+    """The member called `name`.
+
+    Raises
+    ------
+    LowRankError
+        For a name that is not in the table.
+    """
+    if name not in DECOMPOSITIONS:
+        raise LowRankError(f"no decomposition is called '{name}': one of {', '.join(DECOMPOSITIONS)} was expected")
+    return DECOMPOSITIONS[name]

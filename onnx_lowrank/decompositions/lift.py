@@ -1,0 +1,151 @@
+"""Groups and transposed convolutions, brought to plain convolutions once for every decomposition.
+
+*Groups*: each group alone, so that the whole is block-diagonal. Kernels of grouped stages stack along their
+first axis, whatever the decomposition.
+
+*ConvTranspose*: it is the adjoint of the convolution with the same kernel and attributes, and the adjoint of
+a product is the product of the adjoints in reverse order. So the convolution's chain, reversed and each stage
+transposed, is the chain; the kernels are the same arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from onnx_lowrank.decompositions.matrix import is_pointwise
+from onnx_lowrank.linalg import squared_norm
+from onnx_lowrank.types import (
+    Chain,
+    ConvSpec,
+    Decomposition,
+    Factorization,
+    LayerStatistics,
+    Rank,
+    Stage,
+)
+
+
+def plain(spec: ConvSpec) -> ConvSpec:
+    """One group of `spec`, as a convolution that is not transposed."""
+    first, *rest = spec.weight_shape
+    return replace(spec, weight_shape=(first // spec.group, *rest), group=1, transposed=False)
+
+
+def refuses(decomposition: Decomposition, specs: Sequence[ConvSpec]) -> str | None:
+    """Why layers cannot be decomposed this way; None where they can."""
+    if specs[0].depthwise:
+        return "depthwise: no channel is mixed with another, so there is nothing to factorise"
+    return decomposition.refuses([plain(spec) for spec in specs])
+
+
+def max_rank(decomposition: Decomposition, specs: Sequence[ConvSpec]) -> Rank:
+    """The rank (of each group) at which the chain can reproduce any kernel."""
+    return decomposition.max_rank([plain(spec) for spec in specs])
+
+
+def chains(decomposition: Decomposition, specs: Sequence[ConvSpec], rank: Rank) -> tuple[Chain, ...]:
+    """The chain of each layer, with its groups and its direction."""
+    per_layer = decomposition.chain([plain(spec) for spec in specs], rank)
+    return tuple(_lift_chain(spec, chain) for spec, chain in zip(specs, per_layer, strict=True))
+
+
+def errors(
+    decomposition: Decomposition, specs: Sequence[ConvSpec], weights: Sequence[np.ndarray], ranks: Sequence[Rank]
+) -> np.ndarray:
+    """Predicted squared relative error for each of `ranks`, over all groups."""
+    parts = list(_groups(specs, weights))
+    energy = np.array([sum(squared_norm(w) for w in part) for part in parts])
+    if energy.sum() == 0:
+        return np.zeros(len(ranks))
+    each = np.array([decomposition.errors(part, ranks) for part in parts])
+    return energy @ each / energy.sum()
+
+
+def estimate_rank(
+    decomposition: Decomposition,
+    specs: Sequence[ConvSpec],
+    weights: Sequence[np.ndarray],
+    estimator: Callable[[np.ndarray], int],
+) -> Rank:
+    """The estimated rank; the largest over the groups, which share one."""
+    each = [decomposition.estimate_rank(part, estimator) for part in _groups(specs, weights)]
+    return tuple(max(ranks) for ranks in zip(*each, strict=True))
+
+
+def factorize(
+    decomposition: Decomposition,
+    specs: Sequence[ConvSpec],
+    weights: Sequence[np.ndarray],
+    rank: Rank,
+    statistics: Sequence[LayerStatistics] | None = None,
+    *,
+    rng: np.random.Generator,
+) -> Factorization:
+    """Kernels for :func:`chains`, in float64."""
+    parts = list(_groups(specs, weights))
+    results = [decomposition.factorize(part, rank, statistics, rng=rng) for part in parts]
+    energy = np.array([sum(squared_norm(w) for w in part) for part in parts])
+    squared = np.square([result.relative_error for result in results])
+    stacked = (
+        [np.concatenate(blocks) if len(blocks) > 1 else blocks[0] for blocks in zip(*per_group, strict=True)]
+        for per_group in zip(*(result.kernels for result in results), strict=True)
+    )
+    declared = decomposition.chain([plain(spec) for spec in specs], rank)
+    return Factorization(
+        tuple(_lift_kernels(*layer) for layer in zip(specs, declared, stacked, strict=True)),
+        float(np.sqrt(energy @ squared / energy.sum())) if energy.sum() > 0 else 0.0,
+        all(result.converged for result in results),
+        next((result.next_step for result in results if result.next_step), ""),
+    )
+
+
+def _groups(specs: Sequence[ConvSpec], weights: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """For each group, the weight of each layer restricted to it."""
+    group = specs[0].group
+    return [list(part) for part in zip(*(np.split(weight, group) for weight in weights), strict=True)]
+
+
+def _lift_chain(spec: ConvSpec, chain: Chain) -> Chain:
+    lifted = [Stage(_with_groups(stage.spec, spec.group), stage.shared) for stage in chain]
+    if not spec.transposed:
+        return tuple(lifted)
+    return tuple(Stage(_adjoint(stage.spec), stage.shared) for stage in reversed(lifted))
+
+
+def _with_groups(spec: ConvSpec, group: int) -> ConvSpec:
+    first, *rest = spec.weight_shape
+    return replace(spec, weight_shape=(first * group, *rest), group=spec.group * group)
+
+
+def _adjoint(spec: ConvSpec) -> ConvSpec:
+    if not _mixes_channels_only(spec):
+        return replace(spec, transposed=True)
+    # a transposed pointwise convolution is a plain one with the matrix transposed, and runtimes are faster at that
+    first, inner, *ones = spec.weight_shape
+    return replace(spec, weight_shape=(inner * spec.group, first // spec.group, *ones))
+
+
+def _mixes_channels_only(spec: ConvSpec) -> bool:
+    trivial = not any(spec.pads) and not any(spec.output_padding) and all(s == 1 for s in spec.strides)
+    return is_pointwise(spec) and trivial
+
+
+def _lift_kernels(spec: ConvSpec, chain: Chain, kernels: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Kernels as :func:`_lift_chain` declares them; `kernels` are stacked over the groups already."""
+    if not spec.transposed:
+        return tuple(kernels)
+    lifted = [_with_groups(stage.spec, spec.group) for stage in chain]
+    return tuple(
+        _adjoint_kernel(stage, kernel) for stage, kernel in zip(reversed(lifted), reversed(kernels), strict=True)
+    )
+
+
+def _adjoint_kernel(spec: ConvSpec, kernel: np.ndarray) -> np.ndarray:
+    if not _mixes_channels_only(spec):
+        return kernel
+    first, inner, *ones = kernel.shape
+    blocks = kernel.reshape(spec.group, first // spec.group, inner)  # (g*a, b, 1...) -> (g, a, b)
+    return np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(spec.group * inner, first // spec.group, *ones)

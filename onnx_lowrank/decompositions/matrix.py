@@ -1,0 +1,72 @@
+"""What the decompositions that factorise one matrix have in common: the truncated SVD of a matricised kernel."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from onnx_lowrank.linalg import relative_residual, singular_values, tail_energy, truncated_svd
+from onnx_lowrank.types import Chain, ConvSpec, Factorization, LayerStatistics, Rank, Stage
+
+
+class MatrixDecomposition(ABC):
+    """A kernel read as one matrix and factorised into two stages by its truncated SVD.
+
+    The SVD is optimal among all factorisations of its rank (Eckart & Young 1936), so the tail of the squared
+    singular values is the error of every rank at once.
+    """
+
+    name: str
+
+    @abstractmethod
+    def refuses(self, specs: Sequence[ConvSpec]) -> str | None: ...
+
+    @abstractmethod
+    def stages(self, spec: ConvSpec, rank: int) -> tuple[ConvSpec, ConvSpec]:
+        """The two convolutions of the chain."""
+
+    @abstractmethod
+    def matricize(self, weight: np.ndarray) -> np.ndarray:
+        """The kernel as a matrix; rows belong to the second stage's kernel, columns to the first's."""
+
+    @abstractmethod
+    def tensorize(self, left: np.ndarray, right: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Kernels (first, second) from the factors of a kernel of `shape`."""
+
+    def max_rank(self, specs: Sequence[ConvSpec]) -> Rank:
+        first, second = (stage.weight_shape for stage in self.stages(specs[0], 1))
+        return (min(int(np.prod(first)), int(np.prod(second))),)
+
+    def chain(self, specs: Sequence[ConvSpec], rank: Rank) -> tuple[Chain, ...]:
+        return (tuple(Stage(stage) for stage in self.stages(specs[0], rank[0])),)
+
+    def errors(self, weights: Sequence[np.ndarray], ranks: Sequence[Rank]) -> np.ndarray:
+        return tail_energy(singular_values(self.matricize(weights[0])))[[rank[0] for rank in ranks]]
+
+    def estimate_rank(self, weights: Sequence[np.ndarray], estimator: Callable[[np.ndarray], int]) -> Rank:
+        return (estimator(self.matricize(weights[0])),)
+
+    def factorize(
+        self,
+        weights: Sequence[np.ndarray],
+        rank: Rank,
+        statistics: Sequence[LayerStatistics] | None = None,
+        *,
+        rng: np.random.Generator,
+    ) -> Factorization:
+        matrix = self.matricize(weights[0])
+        left, right = truncated_svd(matrix, rank[0])
+        kernels = self.tensorize(left, right, weights[0].shape)
+        return Factorization((kernels,), relative_residual(matrix, left, right))
+
+
+def pointwise(kernel: np.ndarray, ndim: int) -> np.ndarray:
+    """A matrix (out, in) as the kernel of a pointwise convolution with `ndim` spatial axes."""
+    return kernel.reshape(*kernel.shape, *(1,) * ndim)
+
+
+def is_pointwise(spec: ConvSpec) -> bool:
+    """True where every spatial size of the kernel is 1, as in a Gemm, a MatMul or a 1x1 convolution."""
+    return all(size == 1 for size in spec.kernel)

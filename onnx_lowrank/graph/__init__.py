@@ -1,0 +1,1 @@
+"""The graph side: the only importer of onnx and onnx-graphsurgeon."""

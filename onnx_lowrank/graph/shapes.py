@@ -1,0 +1,143 @@
+"""Sizes of every tensor for one sample: by ONNX shape inference, on a copy without the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx
+
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.types import InputSpec, LowRankError
+
+Shapes = dict[str, tuple[int, ...]]
+
+SMALL = 4096
+"""Constants of up to this many elements keep their values: the targets of Reshape and their like."""
+
+ASSUMED_PICTURE, ASSUMED_LENGTH = 224, 128
+"""Taken for an unknown height or width, and for any other unknown size, where the user says nothing."""
+
+
+def model_inputs(model: Model) -> tuple[InputSpec, ...]:
+    """What a user has to feed (initializers listed as inputs are not).
+
+    Raises
+    ------
+    LowRankError
+        For an input that is not a tensor.
+    """
+    stored = {t.name for t in model.graph.initializer}
+    return tuple(_input(value) for value in model.graph.input if value.name not in stored)
+
+
+def _input(value: onnx.ValueInfoProto) -> InputSpec:
+    if not value.type.HasField("tensor_type"):
+        raise LowRankError(f"input '{value.name}' is not a tensor: only models whose inputs are tensors can be fed")
+    tensor = value.type.tensor_type
+    sizes = tuple(
+        d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None for d in tensor.shape.dim
+    )
+    return InputSpec(value.name, sizes, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+
+
+def sample_shapes(inputs: Sequence[InputSpec], given: Mapping[str, Sequence[int]]) -> tuple[Shapes, tuple[str, ...]]:
+    """Concrete sizes of each input for one sample, and notes on what had to be assumed.
+
+    Raises
+    ------
+    LowRankError
+        Where `given` names no input of the model or disagrees with a fixed size.
+    """
+    known = {i.name: i for i in inputs}
+    for name, shape in given.items():
+        if name not in known:
+            raise LowRankError(f"input shape given for '{name}': the model's inputs are {', '.join(known) or 'none'}")
+        fixed = known[name].shape
+        if len(fixed) != len(shape) or any(isinstance(f, int) and f != s for f, s in zip(fixed, shape, strict=True)):
+            raise LowRankError(f"input shape {_text(shape)} given for '{name}': the model expects {_text(fixed)}")
+    shapes, notes = {}, []
+    for item in inputs:
+        if item.name in given:
+            shapes[item.name] = tuple(given[item.name])
+            continue
+        guess = [_assumed(axis, len(item.shape)) for axis in range(len(item.shape))]
+        shapes[item.name] = tuple(s if isinstance(s, int) else g for s, g in zip(item.shape, guess, strict=True))
+        if any(not isinstance(s, int) for s in item.shape[1:]):
+            notes.append(
+                f"input '{item.name}' has unknown sizes {_text(item.shape)}, taken as {_text(shapes[item.name])}: "
+                f"give --input-shape {item.name}:{','.join(map(str, shapes[item.name]))} with yours"
+            )
+    return shapes, tuple(notes)
+
+
+def _assumed(axis: int, ndim: int) -> int:
+    if axis == 0:
+        return 1
+    return ASSUMED_PICTURE if ndim >= 4 and axis >= 2 else ASSUMED_LENGTH
+
+
+def _text(shape: Iterable[object]) -> str:
+    return "[" + ", ".join("?" if s is None else str(s) for s in shape) + "]"
+
+
+def infer(model: Model, inputs: Shapes) -> Shapes:
+    """Shapes of the tensors of the main graph that inference can tell for inputs of the shapes given.
+
+    Weights are replaced by their types, so that the cost does not depend on the model's size.
+    """
+    source = model.graph
+    stored = {t.name: t for t in source.initializer}
+    graph = onnx.GraphProto(name=source.name or "graph", node=source.node)
+    for value in source.input:
+        if value.name not in stored:
+            graph.input.append(value)
+            if value.name in inputs:
+                _set_shape(graph.input[-1], inputs[value.name])
+    for tensor in stored.values():
+        if math.prod(tensor.dims) <= SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    graph.output.extend(onnx.ValueInfoProto(name=o.name, type=_unshaped(o.type)) for o in source.output)
+    bare = onnx.ModelProto(
+        # inputs with an initializer of their own are allowed from version 4 of the format
+        ir_version=max(model.proto.ir_version, 4),
+        opset_import=model.proto.opset_import,
+        functions=model.proto.functions,
+        graph=graph,
+    )
+    try:
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+    except Exception:  # the C++ side raises a type of its own for an operator it does not know
+        inferred = graph
+    shapes: Shapes = {t.name: tuple(t.dims) for t in stored.values()} | dict(inputs)
+    for value in [*inferred.value_info, *inferred.output]:
+        dims = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+            shapes[value.name] = tuple(d.dim_value for d in dims)
+    return shapes
+
+
+def _set_shape(value: onnx.ValueInfoProto, shape: Sequence[int]) -> None:
+    dims = value.type.tensor_type.shape.dim
+    for dim, size in zip(dims, shape, strict=True):
+        dim.dim_value = size
+
+
+def _unshaped(kind: onnx.TypeProto) -> onnx.TypeProto:
+    """The type without sizes, which would otherwise be merged with the ones asked for."""
+    bare = onnx.TypeProto()
+    bare.CopyFrom(kind)
+    if bare.HasField("tensor_type"):
+        bare.tensor_type.ClearField("shape")
+    return bare
+
+
+def with_outputs(model: Model, names: Iterable[str]) -> Model:
+    """A copy that also returns the tensors called `names`, so that running it tells their sizes."""
+    copy = model.copy()
+    have = {o.name for o in copy.graph.output}
+    copy.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in have)
+    return copy

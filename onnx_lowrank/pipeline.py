@@ -1,0 +1,265 @@
+"""analyze, apply, compress, verify, inspect: the only file that knows the order of the stages."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnx_lowrank import runtime
+from onnx_lowrank.bench import Attempt, Bench, open_bench
+from onnx_lowrank.config import PLANNED, Config, make_config
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.probe import probe_model
+from onnx_lowrank.graph.save import save
+from onnx_lowrank.integrations import from_proto
+from onnx_lowrank.planner import Planner
+from onnx_lowrank.plans import read_choices, read_plan
+from onnx_lowrank.report.data import Report, Size, environment, plain
+from onnx_lowrank.search import budget_results, within_budgets, within_drop
+from onnx_lowrank.subject import open_subject
+from onnx_lowrank.types import Candidate, Cost, LowRankError, Plan, Progress, Skip, no_progress
+from onnx_lowrank.verify import Accuracy, Latency
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` and `apply` give back.
+
+    Parameters
+    ----------
+    model
+        Of the kind that was given: a ModelProto (also for a path) or a graphsurgeon Graph.
+    plan, report
+        What was decided, and what came of it (None from `apply` without verification).
+    """
+
+    model: Any
+    plan: Plan
+    report: Report
+    _written: Model = field(repr=False)
+
+    @property
+    def met(self) -> bool:
+        """Whether everything asked for was reached."""
+        return self.report.met
+
+    def save(self, path: str | Path) -> None:
+        """Write the model; see :func:`onnx_lowrank.graph.save.save`."""
+        save(self._written, path)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Two models side by side."""
+
+    original: Size
+    compressed: Size
+    accuracy: Accuracy
+    latency: tuple[Latency, ...]
+    notes: tuple[str, ...]
+    environment: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return plain(asdict(self))
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """A layer as `inspect` shows it: `half` is its best candidate at no more than half of its MACs and parameters."""
+
+    name: str
+    op_type: str
+    weight_shape: tuple[int, ...]
+    macs: int
+    params: int
+    half: Candidate | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a model and what each layer could become."""
+
+    cost: Cost
+    layers: tuple[LayerView, ...]
+    skips: tuple[Skip, ...]
+    notes: tuple[str, ...]
+
+
+def analyze(model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any) -> Plan:
+    """Decide what every layer becomes, without touching the graph.
+
+    Parameters
+    ----------
+    model
+        A path, a ModelProto or a graphsurgeon Graph.
+    config, options
+        See :class:`~onnx_lowrank.config.Config`: a budget on ``macs`` or ``params``, or ``rank``.
+
+    Raises
+    ------
+    LowRankError
+        For a model or an option that cannot be used, or a budget out of reach.
+    """
+    config = config or make_config(**options)
+    planner = Planner(open_subject(model, config), config, progress)
+    if config.rank:
+        return planner.estimated()
+    for budget in config.budget:
+        if budget.metric not in PLANNED:
+            raise LowRankError(f"a budget on {budget.metric} is measured: use compress, or a budget on macs or params")
+    if not config.budget:
+        raise LowRankError("nothing to plan for: give a budget, for example macs=0.5, or a rank estimator")
+    return planner.solve(config.budget)
+
+
+def apply(
+    model: Any,
+    plan: Plan | str | Path,
+    *,
+    config: Config | None = None,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Result:
+    """Carry out a plan, made by `analyze` or read from a file, and verify the result as `compress` does."""
+    config = config or make_config(**options)
+    planner = Planner(open_subject(model, config), config, progress)
+    if isinstance(plan, Plan):
+        mine = {choice.layers for choice in plan.choices if not choice.dense}
+        if not mine <= {group.names for group in planner.subject.groups}:
+            raise LowRankError("the plan names layers that the model does not have: it was made for another model")
+        choices = plan.choices
+    else:
+        choices = read_choices(read_plan(plan), planner.subject.groups)
+    with open_bench(planner) as bench:
+        return _finish(bench, model, bench.attempt(planner.plan(choices)))
+
+
+def compress(model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any) -> Result:
+    """Make a model smaller and faster, and check on ONNX Runtime that it is.
+
+    Parameters
+    ----------
+    model
+        A path, a ModelProto or a graphsurgeon Graph; never changed.
+    config, options
+        See :class:`~onnx_lowrank.config.Config`. At least one of ``budget``, ``max_drop`` and ``rank``.
+
+    Returns
+    -------
+    Result
+        Look at ``result.met`` and ``result.report`` before using ``result.model``.
+
+    Raises
+    ------
+    LowRankError
+        For a model, data or options that cannot be used.
+    """
+    config = config or make_config(**options)
+    if not config.budget and config.max_drop is None and not config.rank:
+        raise LowRankError(
+            "nothing was asked for: give a budget (macs=0.5), the largest drop accepted (max_drop 0.01) or a rank estimator (vbmf)"
+        )
+    if config.max_drop is not None and config.evaluate is None and config.calibrate is None:
+        raise LowRankError("max_drop needs samples to hold it on: give --evaluate DATA")
+    planner = Planner(open_subject(model, config), config, progress)
+    if not planner.subject.found.layers:
+        raise LowRankError(
+            "the model has no layer to decompose (Conv, ConvTranspose, Gemm or MatMul with a stored float weight)"
+            + "".join(f"; {skip.layer}: {skip.reason}" for skip in planner.subject.skips[:3])
+        )
+    with open_bench(planner) as bench:
+        if config.rank:
+            best = bench.attempt(planner.estimated())
+        elif config.budget:
+            best = within_budgets(planner, bench)
+        else:
+            best = within_drop(planner, bench)
+        return _finish(bench, model, best)
+
+
+def verify(
+    original: Any, other: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any
+) -> Verification:
+    """Accuracy, latency and placement of two models on the same samples.
+
+    Raises
+    ------
+    LowRankError
+        Where a model cannot be loaded, or the other has different inputs or outputs.
+    """
+    config = config or make_config(**options)
+    subject, second = open_subject(original, config), open_subject(other, config)
+    if [i.name for i in subject.inputs] != [i.name for i in second.inputs]:
+        raise LowRankError("the two models have different inputs: two versions of one model were expected")
+    planner = Planner(subject, config, progress)
+    with open_bench(planner) as bench:
+        attempt = bench.measure(second.model, Plan(()), ())
+        latency = bench.latency(attempt)
+        return Verification(bench.original, attempt.size, attempt.accuracy, (latency,), bench.notes, environment())
+
+
+def inspect(
+    model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any
+) -> Inspection:
+    """What is in a model, what each layer could become, and why others are left alone."""
+    config = config or make_config(**options)
+    planner = Planner(open_subject(model, config), config, progress)
+    views = []
+    for group, candidates in zip(planner.subject.groups, planner.candidates(), strict=True):
+        dense = group.dense.cost
+        small = [c for c in candidates if 2 * c.cost.macs <= dense.macs and 2 * c.cost.params <= dense.params]
+        half = min(small, key=lambda c: c.error, default=None)
+        views += [
+            LayerView(layer.name, layer.op_type, layer.spec.weight_shape, layer.macs, layer.spec.params, half)
+            for layer in group.layers
+        ]
+    return Inspection(planner.subject.cost, tuple(views), planner.skips(), planner.subject.notes)
+
+
+def providers() -> tuple[tuple[str, str], ...]:
+    """Execution providers that this build of ONNX Runtime has a name for, and what each does on this machine."""
+    model, feeds = probe_model()
+    have = runtime.available_providers()
+    missing = tuple((name, "not in this build") for name in runtime.known_providers() if name not in have)
+    return tuple((name, runtime.probe(name, model, feeds)) for name in have) + missing
+
+
+def _finish(bench: Bench, given: Any, best: Attempt) -> Result:
+    """Time the best attempt and report on it."""
+    planner = bench.planner
+    latency = bench.latency(best)
+    report = Report(
+        bench.original,
+        best.size,
+        best.layers,
+        best.plan.skips,
+        budget_results(planner.config, bench.original, best, latency),
+        best.accuracy,
+        (latency,),
+        dict(planner.seconds),
+        environment(),
+        best.plan.notes + bench.notes + _advice(planner, best, latency),
+        not best.layers,
+        planner.config.to_dict(),
+    )
+    return Result(from_proto(best.model.proto, given), best.plan, report, best.model)
+
+
+def _advice(planner: Planner, best: Attempt, latency: Latency) -> tuple[str, ...]:
+    """What the figures mean for the user."""
+    notes = []
+    if planner.config.calibrate is None and best.layers:
+        notes.append(
+            "no calibration data was given: the weights alone decided, and accuracy suffers more than it has to"
+        )
+    if best.layers and latency.speedup_high_95 < 1:
+        notes.append(
+            f"the result is slower than the original ({latency.speedup:.2f}x): its layers are too small for this machine "
+            f"to gain; use --max-drop, or leave layers out with --exclude"
+        )
+    stuck = [layer.name for layer in best.layers if not layer.converged]
+    if stuck:
+        notes.append(f"{len(stuck)} factorisation(s) stopped before they converged: {', '.join(stuck[:3])}")
+    return tuple(notes)

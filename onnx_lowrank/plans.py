@@ -1,0 +1,91 @@
+"""Plans as JSON, in and out. Edit ``decomposition`` and ``rank``; everything else is there to be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onnx_lowrank.candidates import Group, price
+from onnx_lowrank.types import DENSE, Candidate, LowRankError, Plan
+
+FORMAT = 1
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """`plan` as JSON holds it."""
+    return {
+        "format": FORMAT,
+        "original": plan.original.__dict__,
+        "planned": plan.cost.__dict__,
+        "choices": [
+            {
+                "layers": list(choice.layers),
+                "decomposition": choice.decomposition,
+                "rank": list(choice.rank),
+                "macs": choice.cost.macs,
+                "params": choice.cost.params,
+                "error": choice.error,
+            }
+            for choice in plan.choices
+        ],
+        "skips": [skip.__dict__ for skip in plan.skips],
+        "notes": list(plan.notes),
+    }
+
+
+def read_plan(source: str | Path) -> dict[str, Any]:
+    """The JSON of a saved plan.
+
+    Raises
+    ------
+    LowRankError
+        Where the file is missing or holds no plan.
+    """
+    try:
+        data = json.loads(Path(source).read_text())
+    except OSError as error:
+        raise LowRankError(f"{source} cannot be read ({error.strerror}): a saved plan was expected") from error
+    except ValueError as error:
+        raise LowRankError(f"{source} is not JSON ({error}): a plan saved with --plan was expected") from error
+    if not isinstance(data, dict) or not isinstance(data.get("choices"), list):
+        raise LowRankError(f"{source} has no list of 'choices': a plan saved with --plan was expected")
+    return data
+
+
+def read_choices(data: Mapping[str, Any], groups: Sequence[Group]) -> tuple[Candidate, ...]:
+    """The choices of a saved plan for the layers of a model, priced anew; layers that it does not name stay dense.
+
+    Raises
+    ------
+    LowRankError
+        Where it names a layer that the model does not have, one twice, or a rank that a layer cannot have.
+    """
+    by_layer = {name: group for group in groups for name in group.names}
+    chosen: dict[tuple[str, ...], Candidate] = {}
+    for number, entry in enumerate(data["choices"]):
+        where = f"choice {number} of the plan"
+        try:
+            names, method = list(entry["layers"]), str(entry["decomposition"])
+            given = entry.get("rank", [])
+            rank = tuple(int(r) for r in (given if isinstance(given, list) else [given]))
+            error = float(entry.get("error", 0.0))
+        except (TypeError, KeyError, ValueError, AttributeError) as problem:
+            raise LowRankError(
+                f"{where} cannot be read ({problem!r}): layers, decomposition and rank were expected"
+            ) from problem
+        unknown = [name for name in names if name not in by_layer]
+        if unknown or not names:
+            raise LowRankError(
+                f"{where} names layer '{(unknown or [''])[0]}', which the model does not have: see inspect"
+            )
+        group = by_layer[names[0]]
+        if set(names) != set(group.names):
+            raise LowRankError(
+                f"{where} names {', '.join(names)}: these layers share a kernel and are decided together: {', '.join(group.names)}"
+            )
+        if group.names in chosen:
+            raise LowRankError(f"{where} decides layer '{names[0]}' a second time: once was expected")
+        chosen[group.names] = group.dense if method == DENSE else price(group, method, rank, error)
+    return tuple(chosen.get(group.names, group.dense) for group in groups)

@@ -1,0 +1,115 @@
+"""The report as data; JSON is this, and text is a rendering of it."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from onnx_lowrank.rewrite import LayerReport
+from onnx_lowrank.types import Skip
+from onnx_lowrank.verify import Accuracy, Latency
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model in numbers: MACs for one sample, stored parameters, bytes on disk."""
+
+    macs: int
+    params: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """What was asked for, what was reached."""
+
+    metric: str
+    asked: float
+    reached: float
+    met: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was done to a model and what came of it.
+
+    Parameters
+    ----------
+    original, compressed
+        Counted on the two models themselves.
+    layers
+        The layers that were decomposed.
+    skips
+        The nodes left alone, each with its reason.
+    budgets
+        Asked and reached.
+    accuracy, latency
+        Measured side by side; empty where nothing was verified.
+    seconds
+        Time spent, by stage.
+    environment
+        Versions and machine.
+    notes
+        What the user should know: assumptions made, what was given up, what to do next.
+    unchanged
+        True where the result is the model that was given.
+    """
+
+    original: Size
+    compressed: Size
+    layers: tuple[LayerReport, ...]
+    skips: tuple[Skip, ...]
+    budgets: tuple[BudgetResult, ...]
+    accuracy: Accuracy | None
+    latency: tuple[Latency, ...]
+    seconds: dict[str, float]
+    environment: dict[str, str]
+    notes: tuple[str, ...]
+    unchanged: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool:
+        """Whether everything asked for was reached."""
+        return all(budget.met for budget in self.budgets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: plain values, and null where a figure is not a number."""
+        data: dict[str, Any] = {"version": package_version(), **asdict(self), "met": self.met}
+        return plain(data)
+
+
+def plain(value: Any) -> Any:
+    """Lists and dicts of plain values; null for what is not a number."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def package_version() -> str:
+    """Version of this package."""
+    try:
+        return version("onnx-lowrank")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def environment() -> dict[str, str]:
+    """Versions of what computes, and the processor."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "processor": _processor()}
+    return found | {name: version(name) for name in ("onnx", "onnxruntime", "numpy", "scipy", "onnx-graphsurgeon")}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
+    except OSError:
+        return platform.processor() or "unknown"

@@ -1,0 +1,143 @@
+"""Renderings for the terminal, as rich tables: they fit 80 columns and lose their colours when piped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from onnx_lowrank.candidates import show_rank
+from onnx_lowrank.pipeline import Inspection, Verification
+from onnx_lowrank.report.data import Report, Size
+from onnx_lowrank.types import Skip
+from onnx_lowrank.verify import Accuracy, Latency
+
+Renderable = Table | str
+
+SHOWN_SKIPS = 12
+"""Reasons printed before the rest is counted; the JSON report has all."""
+
+
+def render_report(report: Report) -> Iterator[Renderable]:
+    """What `compress` and `apply` say at the end."""
+    if report.layers:
+        yield _layer_table(report)
+    yield from _skips(report.skips)
+    yield _comparison(report.original, report.compressed, report.accuracy, report.latency)
+    for budget in report.budgets:
+        mark = "[green]met[/]" if budget.met else "[red]not met[/]"
+        yield f"{budget.metric}: asked {budget.asked:.4g}, reached {budget.reached:.4g} - {mark}"
+    yield from _notes(report.notes)
+    yield (
+        f"[dim]{sum(report.seconds.values()):.1f} s: "
+        + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+        + "[/]"
+    )
+
+
+def render_verification(check: Verification) -> Iterator[Renderable]:
+    """What `verify` says."""
+    yield _comparison(check.original, check.compressed, check.accuracy, check.latency)
+    yield from _notes(check.notes)
+
+
+def render_inspection(view: Inspection) -> Iterator[Renderable]:
+    """What `inspect` says."""
+    table = Table(
+        "layer", "op", "kernel", "MACs", "params", "at half its cost", title=_counts(view), title_justify="left"
+    )
+    for column in table.columns[3:5]:
+        column.justify = "right"
+    for layer in view.layers:
+        half = layer.half
+        could = (
+            f"{half.decomposition} {show_rank(half.rank)}, error {half.error**0.5:.2f}" if half else "nothing to gain"
+        )
+        table.add_row(
+            escape(layer.name),
+            layer.op_type,
+            show_rank(layer.weight_shape),
+            f"{layer.macs:,}",
+            f"{layer.params:,}",
+            could,
+        )
+    yield table
+    if view.layers:
+        yield "[dim]error: relative error of the kernel, ||W - W~|| / ||W||, of the best decomposition at half the layer's MACs and parameters[/]"
+    yield from _skips(view.skips)
+    yield from _notes(view.notes)
+
+
+def _counts(view: Inspection) -> str:
+    return f"{view.cost.macs:,} MACs for one sample, {view.cost.params:,} parameters, {len(view.layers)} layers"
+
+
+def _layer_table(report: Report) -> Table:
+    table = Table("layer", "decomposition", "rank", "MACs", "params", "rel. error")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for layer in report.layers:
+        table.add_row(
+            escape(layer.name),
+            layer.decomposition,
+            show_rank(layer.rank),
+            _share(layer.macs_after, layer.macs_before),
+            _share(layer.params_after, layer.params_before),
+            f"{layer.relative_error:.3f}",
+        )
+    return table
+
+
+def _share(after: int, before: int) -> str:
+    return f"{after / before:.0%}" if before else "shared"
+
+
+def _comparison(original: Size, compressed: Size, accuracy: Accuracy | None, latencies: Sequence[Latency]) -> Table:
+    table = Table("", "original", "compressed", "")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, attribute in (("MACs", "macs"), ("parameters", "params"), ("bytes", "size_bytes")):
+        before, after = getattr(original, attribute), getattr(compressed, attribute)
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.3f}" if before else "")
+    if accuracy is not None:
+        bound = f"drop {accuracy.drop:+.4f}"
+        if accuracy.drop_upper_95 == accuracy.drop_upper_95:
+            bound += f", at most {accuracy.drop_upper_95:.4f} (95 %)"
+        table.add_row(
+            f"{escape(accuracy.metric)}, {accuracy.samples} samples",
+            f"{accuracy.original:.4f}",
+            f"{accuracy.compressed:.4f}",
+            bound,
+        )
+        for name, value in accuracy.others.items():
+            table.add_row(f"{name} with the original", "", f"{value:.4f}", "")
+    for latency in latencies:
+        provider = latency.provider.removesuffix("ExecutionProvider")
+        table.add_row(
+            f"ms, {provider}, batch {latency.batch}, {latency.threads} thread(s)",
+            f"{latency.original_ms:.3f}",
+            f"{latency.compressed_ms:.3f}",
+            f"{latency.speedup:.2f}x ({latency.speedup_low_95:.2f} to {latency.speedup_high_95:.2f})",
+        )
+        elsewhere = {p: n for p, n in latency.placement.items() if p != latency.provider}
+        if elsewhere:
+            fell = ", ".join(f"{n} on {p.removesuffix('ExecutionProvider')}" for p, n in elsewhere.items())
+            table.add_row("", "", "", f"[yellow]not all on {provider}: {fell}[/]")
+    return table
+
+
+def _skips(skips: Sequence[Skip]) -> Iterator[Renderable]:
+    if not skips:
+        return
+    table = Table("left alone", "op", "because")
+    for skip in skips[:SHOWN_SKIPS]:
+        table.add_row(escape(skip.layer), skip.op_type, escape(skip.reason))
+    yield table
+    if len(skips) > SHOWN_SKIPS:
+        yield f"... and {len(skips) - SHOWN_SKIPS} more, all in the JSON report"
+
+
+def _notes(notes: Sequence[str]) -> Iterator[Renderable]:
+    for note in notes:
+        yield f"[yellow]note:[/] {escape(note)}"

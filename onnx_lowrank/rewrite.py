@@ -1,0 +1,131 @@
+"""A plan carried out: kernels factorised, islands spliced in."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from onnx_lowrank.candidates import Group, chain_macs, loaded, show_rank
+from onnx_lowrank.decompositions import find_decomposition, lift
+from onnx_lowrank.graph.find import Found
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.splice import Replacement, splice
+from onnx_lowrank.parallel import run_all
+from onnx_lowrank.types import Candidate, Factorization, LowRankError, Plan, Progress
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer."""
+
+    name: str
+    op_type: str
+    decomposition: str
+    rank: tuple[int, ...]
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    relative_error: float
+    converged: bool
+    next_step: str
+    nodes: tuple[str, ...]
+
+
+class FactorCache:
+    """Factorizations made so far, so that a search that comes back to a candidate does not repeat its work."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], Factorization] = {}
+
+    def get(self, choice: Candidate) -> Factorization | None:
+        return self._made.get((choice.layers, choice.decomposition, choice.rank))
+
+    def put(self, choice: Candidate, made: Factorization) -> None:
+        self._made[choice.layers, choice.decomposition, choice.rank] = made
+
+
+def rewrite(
+    model: Model,
+    found: Found,
+    groups: Sequence[Group],
+    plan: Plan,
+    *,
+    seed: int,
+    jobs: int,
+    progress: Progress,
+    cache: FactorCache | None = None,
+) -> tuple[Model, tuple[LayerReport, ...]]:
+    """A copy of `model` with `plan` carried out, and what became of each layer.
+
+    Raises
+    ------
+    LowRankError
+        Where a layer cannot be factorised or written; its name, decomposition and rank are in the message.
+    """
+    cache = cache or FactorCache()
+    by_names = {group.names: group for group in groups}
+    work = [(by_names[c.layers], c) for c in plan.choices if not c.dense]
+    todo = [(group, choice) for group, choice in work if cache.get(choice) is None]
+    made = run_all(
+        _factorize,
+        [partial(_task, group, choice, seed) for group, choice in todo],
+        [group.layers[0].spec.params for group, _ in todo],
+        jobs=jobs,
+        progress=progress,
+        stage="factorize",
+    )
+    for (_, choice), new in zip(todo, made, strict=True):
+        cache.put(choice, new)
+    replacements, reports = [], []
+    for group, choice in work:
+        factorization = cache.get(choice)
+        assert factorization is not None
+        for index, (layer, chain) in enumerate(zip(group.layers, choice.chains, strict=True)):
+            kernels = factorization.kernels[index if len(factorization.kernels) > 1 else 0]
+            replacements.append(Replacement(layer.name, choice.decomposition, choice.rank, chain, kernels))
+            reports.append((layer, chain, choice, factorization, index == 0))
+    result, nodes = splice(model, found, replacements)
+    return result, tuple(
+        LayerReport(
+            layer.name,
+            layer.op_type,
+            choice.decomposition,
+            choice.rank,
+            layer.macs,
+            chain_macs(chain, layer),
+            layer.spec.params if first else 0,  # a kernel that several layers share is stored, and counted, once
+            choice.cost.params if first else 0,
+            factorization.relative_error,
+            factorization.converged,
+            factorization.next_step,
+            nodes[layer.name],
+        )
+        for layer, chain, choice, factorization, first in reports
+    )
+
+
+def _task(group: Group, choice: Candidate, seed: int) -> tuple[Group, Candidate, int]:
+    return loaded(group), choice, seed
+
+
+def _factorize(task: tuple[Group, Candidate, int]) -> Factorization:
+    group, choice, seed = task
+    layer = group.layers[0]
+    # a stream of its own for each layer: the result does not depend on the order or on what else is decomposed
+    rng = np.random.default_rng([seed, zlib.crc32(layer.name.encode())])
+    decomposition = find_decomposition(choice.decomposition)
+    try:
+        made = lift.factorize(decomposition, [layer.spec], [layer.read_weight()], choice.rank, rng=rng)
+    except (np.linalg.LinAlgError, ValueError) as error:
+        raise LowRankError(
+            f"layer '{layer.name}', {choice.decomposition} of rank {show_rank(choice.rank)}: {error}"
+        ) from error
+    # in the model's precision from here on: a cache of float64 kernels would be as large as the model itself
+    with np.errstate(over="ignore"):
+        stored = tuple(tuple(kernel.astype(layer.dtype) for kernel in kernels) for kernels in made.kernels)
+    return replace(made, kernels=stored)

@@ -1,0 +1,224 @@
+"""ONNX Runtime: sessions, timing and placement. The only importer of onnxruntime."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from onnx_lowrank.types import LowRankError
+
+Feeds = Mapping[str, np.ndarray]
+
+CPU = "CPUExecutionProvider"
+
+BLOCKS = {"avx512f": 16}
+"""Channels that ONNX Runtime's blocked convolution kernels work on at a time, by processor flag; 8 otherwise."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a session runs on.
+
+    Parameters
+    ----------
+    provider
+        Name of an execution provider, in full or without ``ExecutionProvider``.
+    threads
+        Threads of one operator; 0 leaves it to the runtime.
+    optimize
+        False turns every graph optimisation off.
+    """
+
+    provider: str = CPU
+    threads: int = 1
+    optimize: bool = True
+
+    @property
+    def provider_name(self) -> str:
+        """Full name of the provider, as this build of ONNX Runtime spells it.
+
+        Raises
+        ------
+        LowRankError
+            Where this build does not have it. ONNX Runtime itself would run on the CPU with a warning only.
+        """
+        have = ort.get_available_providers()
+        for name in have:
+            if self.provider.lower() in (name.lower(), name.lower().removesuffix("executionprovider")):
+                return name
+        raise LowRankError(
+            f"execution provider '{self.provider}' is not in this build of ONNX Runtime: one of {', '.join(have)} was expected"
+        )
+
+
+class Session:
+    """A model ready to run."""
+
+    def __init__(
+        self, model: str | Path | bytes, settings: RunSettings | None = None, *, folder: Path | None = None
+    ) -> None:
+        """Load `model`; external data of bytes is looked for in `folder`.
+
+        Raises
+        ------
+        LowRankError
+            Where ONNX Runtime refuses the model.
+        """
+        settings = settings or RunSettings()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = settings.threads, 1
+        options.log_severity_level = 4  # errors come back as exceptions
+        if not settings.optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        name = settings.provider_name
+        source = str(model) if isinstance(model, Path) else model
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._session = ort.InferenceSession(source, options, providers=[name] if name == CPU else [name, CPU])
+        except Exception as error:  # onnxruntime raises types of its own, one for each status
+            raise LowRankError(f"ONNX Runtime cannot load the model: {_one_line(error)}") from error
+        self.outputs = tuple(o.name for o in self._session.get_outputs())
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
+        """Values of the outputs (all of them by default).
+
+        Raises
+        ------
+        LowRankError
+            Where the model fails on these feeds.
+        """
+        try:
+            return self._session.run(list(outputs) if outputs else None, dict(feeds))
+        except Exception as error:
+            shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in feeds.items())
+            raise LowRankError(
+                f"the model does not run on inputs {shapes}: {_one_line(error)}; give --input-shape or other data"
+            ) from error
+
+    @property
+    def placement(self) -> dict[str, int]:
+        """How many nodes of the optimised graph each provider runs, as the session itself says."""
+        count: dict[str, int] = {}
+        for part in self._session.get_provider_graph_assignment_info():
+            count[part.ep_name] = count.get(part.ep_name, 0) + len(part.get_nodes())
+        return count
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def available_providers() -> tuple[str, ...]:
+    """Execution providers in this build of ONNX Runtime: names, not yet a proof that they work."""
+    return tuple(ort.get_available_providers())
+
+
+def known_providers() -> tuple[str, ...]:
+    """Every execution provider that ONNX Runtime has a name for."""
+    return tuple(ort.get_all_providers())
+
+
+def version() -> str:
+    """Version of ONNX Runtime."""
+    return str(ort.__version__)
+
+
+def block_size() -> int:
+    """Channels to which ranks are aligned for the CPU of this machine."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux: the size that both kinds of kernel divide by
+        return 16
+    return next((size for flag, size in BLOCKS.items() if flag in flags), 8)
+
+
+def tensor_shapes(session: Session, feeds: Feeds, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors that the model returns, by running it."""
+    wanted = [name for name in names if name in session.outputs]
+    return {name: np.shape(value) for name, value in zip(wanted, session.run(feeds, wanted), strict=True)}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of two sessions on the same feeds, in turn.
+
+    Parameters
+    ----------
+    first_ms, second_ms
+        One number for each round, in milliseconds.
+    """
+
+    first_ms: np.ndarray
+    second_ms: np.ndarray
+
+    @property
+    def speedup(self) -> float:
+        """Median over the rounds of (first / second)."""
+        return float(np.median(self.first_ms / self.second_ms))
+
+    @property
+    def speedup_interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the median ratio, from its order statistics: no assumption on the noise."""
+        ratios = np.sort(self.first_ms / self.second_ms)
+        n = len(ratios)
+        # the rank of the median is binomial(n, 1/2): mean n/2, standard deviation sqrt(n)/2
+        reach = 0.98 * np.sqrt(n)
+        low, high = int(np.floor(n / 2 - reach)), int(np.ceil(n / 2 + reach))
+        return float(ratios[max(low, 0)]), float(ratios[min(high, n - 1)])
+
+
+def time_pair(first: Session, second: Session, feeds: Feeds, *, rounds: int = 50, seconds: float = 20.0) -> Timing:
+    """Run two sessions in turn and time each run; who goes first alternates, so that neither inherits a warm cache.
+
+    Parameters
+    ----------
+    rounds
+        Most rounds after the warm-up.
+    seconds
+        Stop after this long once there are ten rounds.
+    """
+    warm_up = 5 if _seconds(first, feeds) < 1 else 1
+    for _ in range(warm_up):
+        first.run(feeds)
+        second.run(feeds)
+    times: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while len(times) < rounds and (len(times) < 10 or time.perf_counter() - start < seconds):
+        if len(times) % 2:
+            late = _seconds(second, feeds)
+            times.append((_seconds(first, feeds), late))
+        else:
+            times.append((_seconds(first, feeds), _seconds(second, feeds)))
+    values = np.array(times) * 1e3
+    return Timing(values[:, 0], values[:, 1])
+
+
+def _seconds(session: Session, feeds: Feeds) -> float:
+    start = time.perf_counter()
+    session.run(feeds)
+    return time.perf_counter() - start
+
+
+def probe(provider: str, model: bytes, feeds: Feeds) -> str:
+    """Whether a provider really runs something here: `model` on it, and the placement that the session reports."""
+    try:
+        session = Session(model, RunSettings(provider))
+        session.run(feeds)
+    except LowRankError as error:
+        return f"does not work: {error}"
+    placed = session.placement
+    return (
+        "works"
+        if placed.get(provider)
+        else f"loads, but ran nothing here (all on {', '.join(placed) or 'no provider'})"
+    )

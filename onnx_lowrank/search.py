@@ -1,0 +1,130 @@
+"""Plans made in turn until what can only be measured is within what was asked."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from onnx_lowrank.bench import Attempt, Bench
+from onnx_lowrank.budgets.knapsack import OutOfReach
+from onnx_lowrank.config import MEASURED, Config
+from onnx_lowrank.planner import Planner
+from onnx_lowrank.report.data import BudgetResult, Size
+from onnx_lowrank.types import Budget, Plan
+from onnx_lowrank.verify import CONFIDENCE, Accuracy, Latency
+
+logger = logging.getLogger(__name__)
+
+SEARCH_STEPS = 7
+"""Halvings of the range in which the smallest acceptable share is searched: to 1 % of the original."""
+
+CORRECTIONS = 4
+"""Plans made in turn for budgets that only the finished model can be measured on."""
+
+SLACK = 0.99
+"""Taken off a corrected budget, so that the next plan does not miss by a rounding."""
+
+
+def budget_results(
+    config: Config, original: Size, attempt: Attempt, latency: Latency | None
+) -> tuple[BudgetResult, ...]:
+    """Everything asked for, and what `attempt` reached."""
+    results = []
+    for budget in config.budget:
+        reached = _reached(budget.metric, original, attempt, latency)
+        if reached is not None:
+            results.append(BudgetResult(budget.metric, budget.ratio, reached, reached <= budget.ratio))
+    if config.max_drop is not None:
+        drop = _drop(attempt.accuracy)
+        results.append(BudgetResult("drop", config.max_drop, drop, drop <= config.max_drop))
+    return tuple(results)
+
+
+def _reached(metric: str, original: Size, attempt: Attempt, latency: Latency | None) -> float | None:
+    if metric == "latency":
+        return None if latency is None else 1 / latency.speedup
+    name = {"size": "size_bytes"}.get(metric, metric)
+    before = getattr(original, name)
+    return getattr(attempt.size, name) / before if before else 1.0
+
+
+def _drop(accuracy: Accuracy) -> float:
+    """What a promise is held on: the upper bound, or the drop itself where one figure leaves no bound."""
+    return accuracy.drop if math.isnan(accuracy.drop_upper_95) else accuracy.drop_upper_95
+
+
+def within_budgets(planner: Planner, bench: Bench) -> Attempt:
+    """The most accurate plan within all budgets, or the nearest to them that was found."""
+    budgets = planner.config.budget
+    if planner.hopeless:
+        return bench.attempt(planner.dense("nothing here is worth decomposing: the model is left as it is"))
+    ratios = {budget.metric: budget.ratio for budget in budgets}
+    measured = [metric for metric in ratios if metric in MEASURED]
+    best: Attempt | None = None
+    for _ in range(CORRECTIONS if measured else 1):
+        attempt = bench.attempt(_solve(planner, ratios))
+        latency = bench.latency(attempt) if "latency" in ratios else None
+        missed = [
+            r
+            for r in budget_results(planner.config, bench.original, attempt, latency)
+            if not r.met and r.metric in measured
+        ]
+        best = attempt
+        if not missed or any("cannot be met" in note for note in attempt.plan.notes):
+            break
+        for result in missed:
+            ratios[result.metric] *= SLACK * result.asked / result.reached
+    assert best is not None
+    return best
+
+
+def _solve(planner: Planner, ratios: dict[str, float]) -> Plan:
+    """The plan within `ratios`, each measured metric by the planned one that stands for it; the smallest if there is none."""
+    planned: dict[str, float] = {}
+    for metric, ratio in ratios.items():
+        name = MEASURED.get(metric, metric)
+        planned[name] = min(ratio, planned.get(name, 1.0))
+    try:
+        return planner.solve([Budget(metric, ratio) for metric, ratio in planned.items()])
+    except OutOfReach as error:
+        return planner.smallest(next(iter(planned)), str(error))
+
+
+def within_drop(planner: Planner, bench: Bench) -> Attempt:
+    """The plan with the smallest share of the objective whose loss is within ``max_drop``."""
+    config = planner.config
+    assert config.max_drop is not None
+    metric = MEASURED.get(config.objective, config.objective)
+    best = bench.attempt(planner.dense())
+    if planner.hopeless:
+        return bench.attempt(planner.dense("nothing here is worth decomposing: the model is left as it is"))
+    if _drop(best.accuracy) > config.max_drop:
+        return bench.attempt(planner.dense(_too_few(best.accuracy, config.max_drop)))
+    low, high = planner.smallest(metric).ratio(metric), 1.0
+    for step in range(SEARCH_STEPS):
+        planner.progress("search", step, SEARCH_STEPS)
+        middle = (low + high) / 2
+        attempt = bench.attempt(_solve(planner, {metric: middle}))
+        held = _drop(attempt.accuracy) <= config.max_drop
+        logger.info("%s=%.3f: drop at most %.4f", metric, middle, _drop(attempt.accuracy))
+        if held:
+            best, high = attempt, middle
+        else:
+            low = middle
+    planner.progress("search", SEARCH_STEPS, SEARCH_STEPS)
+    if not best.layers:
+        return bench.attempt(
+            planner.dense(f"no plan lost as little as {config.max_drop:g}: the model is left as it is")
+        )
+    if config.objective == "latency" and bench.latency(best).speedup_high_95 < 1:
+        return bench.attempt(
+            planner.dense("every plan that holds the accuracy is slower than the original: it is left as it is")
+        )
+    return best
+
+
+def _too_few(accuracy: Accuracy, limit: float) -> str:
+    """Why even an unchanged model cannot be promised, and what it would take."""
+    needed = math.ceil(accuracy.samples * accuracy.drop_upper_95 / limit) if limit > 0 else None
+    enough = f"about {needed} would be needed" if needed else "no number would be enough for a drop of 0"
+    return f"{accuracy.samples} samples are too few to promise a drop of {limit:g} with {CONFIDENCE:.0%} confidence: {enough}"

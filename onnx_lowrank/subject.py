@@ -1,0 +1,127 @@
+"""A model opened for work: its layers, their sizes, and the groups that are decided together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnx_lowrank.candidates import Group, group_layers
+from onnx_lowrank.config import Config
+from onnx_lowrank.data import Dataset, open_data
+from onnx_lowrank.graph.batchnorm import fold_batchnorm
+from onnx_lowrank.graph.find import Found, find_layers, model_cost, sized_tensors
+from onnx_lowrank.graph.model import Model, load, serialize
+from onnx_lowrank.graph.shapes import Shapes, infer, model_inputs, sample_shapes, with_outputs
+from onnx_lowrank.integrations import to_proto
+from onnx_lowrank.runtime import RunSettings, Session, tensor_shapes
+from onnx_lowrank.types import Cost, InputSpec, LowRankError, Skip
+from onnx_lowrank.verify import Feeds, first_feeds, random_feeds
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and all that is read off it before anything is decided.
+
+    Parameters
+    ----------
+    model
+        Never changed.
+    inputs
+        What it is fed.
+    sample_shapes
+        Sizes of its inputs for one sample.
+    found
+        Layers and skips.
+    groups
+        Layers that may be changed, in groups.
+    skips
+        Those of `found`, and the layers that the user excludes.
+    cost
+        Of the whole model.
+    notes
+        What had to be assumed.
+    """
+
+    model: Model
+    inputs: tuple[InputSpec, ...]
+    sample_shapes: Shapes
+    found: Found
+    groups: tuple[Group, ...]
+    skips: tuple[Skip, ...]
+    cost: Cost
+    notes: tuple[str, ...]
+
+    def feeds(self, batch: int = 1, *, seed: int = 0) -> Feeds:
+        """Random feeds of `batch` samples, or of as many as the model insists on."""
+        shapes = {spec.name: self.sample_shapes[spec.name] for spec in self.inputs}
+        fixed = {spec.name for spec in self.inputs if not spec.shape or isinstance(spec.shape[0], int)}
+        sized = {name: shape if name in fixed else (batch, *shape[1:]) for name, shape in shapes.items()}
+        return random_feeds(((spec.name, sized[spec.name], spec.dtype) for spec in self.inputs), seed)
+
+
+def open_subject(source: Any, config: Config) -> Subject:
+    """Load a model and find what is in it.
+
+    Parameters
+    ----------
+    source
+        A path, a ModelProto or a graphsurgeon Graph.
+
+    Raises
+    ------
+    LowRankError
+        Where it cannot be used; see :func:`onnx_lowrank.graph.model.load` and the data it is given.
+    """
+    model = load(to_proto(source))
+    if config.fold_batchnorm:
+        model = model.copy()
+        fold_batchnorm(model)
+    inputs = model_inputs(model)
+    given = dict(config.input_shape) or _shapes_of_data(inputs, config)
+    sizes, notes = sample_shapes(inputs, given)
+    shapes = shapes_of(model, inputs, sizes)
+    found = find_layers(model, shapes)
+    chosen = [layer for layer in found.layers if config.selects(layer.name)]
+    left = tuple(
+        Skip(layer.name, layer.op_type, "left out by --include or --exclude")
+        for layer in found.layers
+        if not config.selects(layer.name)
+    )
+    cost, unknown = model_cost(model, shapes)
+    if unknown:
+        notes += (
+            f"the MACs of {len(unknown)} node(s) are not counted, their sizes are unknown: {', '.join(unknown[:3])}",
+        )
+    return Subject(model, inputs, sizes, found, group_layers(chosen), found.skips + left, cost, notes)
+
+
+def open_config_data(which: str, inputs: tuple[InputSpec, ...], config: Config) -> Dataset | None:
+    """The data set that `config` names ``calibrate`` or ``evaluate``; None where it names none."""
+    source = getattr(config, which)
+    return None if source is None else open_data(source, inputs, preprocess=config.preprocess)
+
+
+def _shapes_of_data(inputs: tuple[InputSpec, ...], config: Config) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of one sample of the data, where there is any."""
+    for which in ("evaluate", "calibrate"):
+        data = open_config_data(which, inputs, config)
+        if data is not None:
+            return {name: np.shape(value) for name, value in first_feeds(data.batches(1)).items()}
+    return {}
+
+
+def shapes_of(model: Model, inputs: tuple[InputSpec, ...], sizes: Shapes) -> Shapes:
+    """Shapes by inference, and where that stops short, by running one sample."""
+    shapes = infer(model, sizes)
+    missing = [name for name in sized_tensors(model) if name not in shapes]
+    if missing:
+        feeds = random_feeds((spec.name, sizes[spec.name], spec.dtype) for spec in inputs)
+        session = Session(serialize(with_outputs(model, missing)), RunSettings(optimize=False), folder=model.folder)
+        try:
+            shapes |= tensor_shapes(session, feeds, missing)
+        except LowRankError as error:
+            raise LowRankError(f"{error} (tried to learn the sizes of its layers)") from error
+    return shapes
