@@ -61,7 +61,9 @@ class Bench:
         # the file as given where there is one: what users run, and read from disk only once
         given = subject.model.path if subject.model.path and not planner.config.fold_batchnorm else None
         self._path = given or self._write(subject.model)
-        self._session = Session(self._path, self._settings)
+        self._original: Session | None = None
+        # what ONNX Runtime cannot load or run is told before the work; this session goes again, for its memory
+        Session(self._path, self._settings).run(subject.feeds())
         self._objection = check_model(self._path)
         self.original = Size(subject.cost.macs, subject.cost.params, _bytes(self._path))
         self._data = open_config_data("evaluate", subject.inputs, planner.config) or open_config_data(
@@ -74,6 +76,13 @@ class Bench:
                 "give --evaluate DATA",
             )
         self._metric = _metric(planner.config)
+
+    @property
+    def _session(self) -> Session:
+        """The original, from the first measurement on."""
+        if self._original is None:
+            self._original = Session(self._path, self._settings)
+        return self._original
 
     def attempt(self, plan: Plan) -> Attempt:
         """Carry out `plan` and measure what comes out."""

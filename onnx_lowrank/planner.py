@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from onnx_lowrank.budgets import BUDGET_SOLVERS
 from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded
-from onnx_lowrank.config import Config
+from onnx_lowrank.config import MEASURED, Config
 from onnx_lowrank.decompositions import find_decomposition
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.parallel import run_all
@@ -31,7 +31,9 @@ class Planner:
             find_decomposition(name)
         self.subject, self.config, self.progress = subject, config, progress
         self.seconds: dict[str, float] = {}
-        self._cache = FactorCache()
+        # kernels are kept only for a search, which comes back to them: they may be as large as the model
+        searches = config.max_drop is not None or any(budget.metric in MEASURED for budget in config.budget)
+        self._cache = FactorCache() if searches else None
         self._candidates: list[tuple[Candidate, ...]] | None = None
         self._refused: tuple[Skip, ...] = ()
 

@@ -67,7 +67,7 @@ def rewrite(
     LowRankError
         Where a layer cannot be factorised or written; its name, decomposition and rank are in the message.
     """
-    cache = cache or FactorCache()
+    cache = FactorCache() if cache is None else cache
     by_names = {group.names: group for group in groups}
     work = [(by_names[c.layers], c) for c in plan.choices if not c.dense]
     todo = [(group, choice) for group, choice in work if cache.get(choice) is None]

@@ -177,7 +177,7 @@ class Timing:
         return float(ratios[max(low, 0)]), float(ratios[min(high, n - 1)])
 
 
-def time_pair(first: Session, second: Session, feeds: Feeds, *, rounds: int = 50, seconds: float = 20.0) -> Timing:
+def time_pair(first: Session, second: Session, feeds: Feeds, *, rounds: int = 50, seconds: float = 10.0) -> Timing:
     """Run two sessions in turn and time each run; who goes first alternates, so that neither inherits a warm cache.
 
     Parameters

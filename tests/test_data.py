@@ -217,6 +217,8 @@ def test_a_jpeg_archive_that_does_not_hold_together_is_refused(tmp_path: Path) -
         open_data(jpeg_archive(tmp_path / "c.npz", flat, labels=np.arange(3)), PICTURES, preprocess=RAW)
     with pytest.raises(LowRankError, match="jpeg without offsets"):
         open_data(save(tmp_path / "d.npz", jpeg=pixels(9)), PICTURES, preprocess=RAW)
+    with pytest.raises(LowRankError, match=r"holds jpeg float32 \(9,\) .*expected uint8 \(bytes,\)"):
+        open_data(save(tmp_path / "e.npz", jpeg=ramp(9), offsets=np.array([0, 9])), PICTURES, preprocess=RAW)
     with pytest.raises(LowRankError, match="jpeg needs a preprocess file"):
         open_data(tmp_path / "d.npz", PICTURES)
 
@@ -590,7 +592,7 @@ def test_what_is_wrong_with_a_function_in_a_file_is_said(script: str, tmp_path: 
         script: r"name the function after a colon",
         f"{script}:": r"name the function after a colon",
         f"{tmp_path}/missing.py:data": r"no such file: .*missing\.py",
-        f"{script}:date": r"no function 'date' in it; it has Row, data, dataclass, fails, needs, nothing, unlabelled, wrong",
+        f"{script}:date": r"no function 'date' in it; it has Row, data, dataclass, fails, needs, nothing",
         f"{script}:number": "no function 'number' in it",
         f"{tmp_path}/broken.py:data": "executing the file failed: ModuleNotFoundError",
         f"{script}:nothing": r"the function returned NoneType, expected to yield dict\[str, ndarray\] or",

@@ -97,11 +97,11 @@ def load_function(reference: str) -> Callable[..., Any]:
         raise LowRankError(f"{reference}: executing the file failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
-    found = getattr(module, function, None)
+    found: Callable[..., Any] | None = getattr(module, function, None)
     if not callable(found):
         names = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise LowRankError(f"{reference}: no function {function!r} in it; it has {', '.join(names) or 'none'}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def open_test_data(path: Path, inputs: Sequence[InputSpec]) -> Dataset:
