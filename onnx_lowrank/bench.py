@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import load_function
 from onnx_lowrank.graph.check import check_model
+from onnx_lowrank.graph.constants import external_place
 from onnx_lowrank.graph.find import model_cost
-from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.model import Model, all_graphs
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.report.data import Size
@@ -23,7 +26,9 @@ from onnx_lowrank.types import LowRankError, Plan
 from onnx_lowrank.verify import (
     Accuracy,
     Batches,
+    CustomMetric,
     Latency,
+    Outputs,
     check_accuracy,
     check_latency,
     find_metric,
@@ -65,7 +70,8 @@ class Bench:
         # what ONNX Runtime cannot load or run is told before the work; this session goes again, for its memory
         Session(self._path, self._settings).run(subject.feeds())
         self._objection = check_model(self._path)
-        self.original = Size(subject.cost.macs, subject.cost.params, _bytes(self._path))
+        files = {given, *_data_files(subject.model)} if given else self._path.parent.iterdir()
+        self.original = Size(subject.cost.macs, subject.cost.params, _bytes(files))
         self._data = open_config_data("evaluate", subject.inputs, planner.config) or open_config_data(
             "calibrate", subject.inputs, planner.config
         )
@@ -108,7 +114,8 @@ class Bench:
             name, metric = self._metric
             accuracy = check_accuracy(self._session, session, self._batches(), name, metric)
         cost, _ = model_cost(model, shapes_of(model, self.planner.subject.inputs, self.planner.subject.sample_shapes))
-        return Attempt(plan, model, path, layers, Size(cost.macs, cost.params, _bytes(path)), accuracy)
+        size = self.original.size_bytes if path == self._path else _bytes(path.parent.iterdir())
+        return Attempt(plan, model, path, layers, Size(cost.macs, cost.params, size), accuracy)
 
     def latency(self, attempt: Attempt) -> Latency:
         """Time an attempt against the original, each in a fresh session."""
@@ -149,17 +156,30 @@ def open_bench(planner: Planner) -> Iterator[Bench]:
         yield Bench(planner, Path(folder))
 
 
-def _metric(config: Config):  # type: ignore[no-untyped-def]
+def _metric(config: Config) -> tuple[str | None, CustomMetric | None]:
     """Name of the metric, and the function where it is the user's own."""
     if config.metric is None:
         return None, None
-    if ".py:" in config.metric:
-        return config.metric, load_function(config.metric)
-    find_metric(config.metric)
-    return config.metric, None
+    if ".py:" not in config.metric:
+        find_metric(config.metric)
+        return config.metric, None
+    name, function = config.metric, load_function(config.metric)
+
+    def guarded(outputs: Outputs, labels: np.ndarray | None) -> float:
+        try:
+            figure: float = function(outputs, labels)
+            return figure
+        except Exception as error:
+            raise LowRankError(f"metric {name} raised {type(error).__name__}: {error}") from error
+
+    return name, guarded
 
 
-def _bytes(path: Path) -> int:
-    """Size of a model with its data file."""
-    data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+def _bytes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _data_files(model: Model) -> set[Path]:
+    """The files that a model's external tensors are in."""
+    tensors = (tensor for graph in all_graphs(model.graph) for tensor in graph.initializer)
+    return {external_place(tensor, model.folder)[0] for tensor in tensors if tensor.data_location}

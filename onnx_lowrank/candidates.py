@@ -10,7 +10,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_lowrank.decompositions import find_decomposition, lift
-from onnx_lowrank.types import DENSE, Candidate, Chain, Cost, Decomposition, Layer, LowRankError, Rank, Skip, Stage
+from onnx_lowrank.types import (
+    DENSE,
+    Candidate,
+    Chain,
+    Cost,
+    Decomposition,
+    Layer,
+    LayerStatistics,
+    LowRankError,
+    Rank,
+    Skip,
+    Stage,
+)
 
 RANKS_PER_MODE = {1: 64, 2: 16}
 """Most ranks tried along each mode, by the number of modes: past this the grid is coarser than one block."""
@@ -140,7 +152,9 @@ def loaded(group: Group) -> Group:
     return Group(tuple(replace(layer, read_weight=read) for layer in group.layers))
 
 
-def group_candidates(group: Group, methods: Sequence[str], block: int) -> tuple[tuple[Candidate, ...], Skip | None]:
+def group_candidates(
+    group: Group, methods: Sequence[str], block: int, statistics: LayerStatistics | None = None
+) -> tuple[tuple[Candidate, ...], Skip | None]:
     """Every candidate of `group` that saves something, the dense one first, and why there is none besides it.
 
     A candidate saves something where it has fewer MACs and no more parameters than the layer; those that
@@ -164,7 +178,9 @@ def group_candidates(group: Group, methods: Sequence[str], block: int) -> tuple[
             continue
         if weights is None:
             weights = [group.layers[0].read_weight()]
-        errors = lift.errors(decomposition, specs, weights, [c.rank for c in cheaper])
+        errors = lift.errors(
+            decomposition, specs, weights, [c.rank for c in cheaper], None if statistics is None else [statistics]
+        )
         found += [_with_error(c, float(e)) for c, e in zip(cheaper, errors, strict=True)]
     if not found:
         why = reasons[-1] if reasons else f"none of the methods {', '.join(methods)} applies"

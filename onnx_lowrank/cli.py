@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from onnx_lowrank import pipeline, runtime
-from onnx_lowrank.config import METHODS, Config, make_config, parse_budgets, parse_input_shapes, read_config
+from onnx_lowrank.config import METHODS, Config, make_config, read_config
 from onnx_lowrank.decompositions import DECOMPOSITIONS
 from onnx_lowrank.graph.save import check_destination
 from onnx_lowrank.plans import plan_to_dict
@@ -37,13 +39,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0: everything asked for was met, 1: not met, 2: bad input."""
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     try:
         arguments = _parser().parse_args(argv)
         logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.ERROR, format="%(message)s")
         return int(arguments.command(arguments))
     except LowRankError as error:
-        errors.print(f"onnx-lowrank: {error}", markup=False)
+        errors.print("onnx-lowrank:", " ".join(str(error).splitlines()), markup=False)
         return BAD_INPUT
     except KeyboardInterrupt:
         errors.print("onnx-lowrank: interrupted; nothing was written", markup=False)
@@ -66,18 +68,18 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", _inspect, "what is in a model, what each layer could become, why others are left alone")
     sub.add_argument("model", metavar="MODEL")
-    _options(sub, "layers", "inputs", "work")
+    _options(sub, "layers", "graph", "inputs", "work")
 
     sub = command("compress", _compress, "the main job: a smaller, faster model, checked")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("out", metavar="OUT")
-    _options(sub, "goal", "layers", "data", "inputs", "latency", "work", "reports")
+    _options(sub, "goal", "layers", "graph", "data", "inputs", "latency", "work", "reports")
 
     sub = command("apply", _apply, "a saved (and perhaps edited) plan, executed")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("plan_file", metavar="PLAN")
     sub.add_argument("out", metavar="OUT")
-    _options(sub, "data", "inputs", "latency", "work", "reports")
+    _options(sub, "graph", "data", "inputs", "latency", "work", "reports")
 
     sub = command("verify", _verify, "accuracy, latency and placement of two models, side by side")
     sub.add_argument("model", metavar="ORIGINAL")
@@ -121,6 +123,8 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             "--align",
             {"type": int, "metavar": "N", "help": "multiple that ranks are kept to (default: this machine's kernels)"},
         ),
+    ),
+    "graph": (
         (
             "--fold-batchnorm",
             {"action": "store_true", "default": None, "help": "fold BatchNormalization into convolutions first"},
@@ -167,13 +171,7 @@ NOT_CONFIG = ("name", "command", "quiet", "verbose", "model", "other", "out", "p
 
 def _config(arguments: argparse.Namespace) -> Config:
     options = read_config(arguments.config) if arguments.config else {}
-    if isinstance(options.get("input_shape"), list):
-        options["input_shape"] = parse_input_shapes(options["input_shape"])
     given = {k: v for k, v in vars(arguments).items() if k not in NOT_CONFIG and v is not None}
-    if "budget" in given:
-        given["budget"] = parse_budgets(given["budget"])
-    if "input_shape" in given:
-        given["input_shape"] = parse_input_shapes(given["input_shape"])
     return make_config(**(options | given))
 
 
@@ -186,7 +184,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _compress(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    _check_files(arguments, arguments.out, arguments.json, arguments.plan)
+    _check_files(arguments, config, arguments.out, _unmet(arguments.out), arguments.json, arguments.plan)
     with _progress(arguments) as progress:
         result = pipeline.compress(arguments.model, config=config, progress=progress)
     return _write(arguments, result)
@@ -194,29 +192,34 @@ def _compress(arguments: argparse.Namespace) -> int:
 
 def _apply(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    _check_files(arguments, arguments.out, arguments.json)
+    _check_files(arguments, config, arguments.out, _unmet(arguments.out), arguments.json)
     with _progress(arguments) as progress:
         result = pipeline.apply(arguments.model, arguments.plan_file, config=config, progress=progress)
     return _write(arguments, result)
 
 
 def _write(arguments: argparse.Namespace, result: pipeline.Result) -> int:
-    out = Path(arguments.out)
-    if not result.met:
-        out = out.with_name(f"{out.stem}.unmet{out.suffix}")
+    out = arguments.out if result.met else _unmet(arguments.out)
     result.save(out)
     if getattr(arguments, "plan", None):
         _write_json(arguments.plan, plan_to_dict(result.plan))
     if arguments.json:
         _write_json(arguments.json, result.report.to_dict())
-    _print(arguments, [*render_report(result.report), f"written: {out}"])
+    _print(arguments, render_report(result.report))
+    _print(arguments, [Text(f"written: {out}")], wrap=False)  # a path in two lines is no path
     return MET if result.met else UNMET
 
 
+def _unmet(out: str) -> str:
+    """Where the best result found goes when it is not what was asked for: never under the name that was."""
+    return os.path.splitext(out)[0] + ".unmet.onnx"
+
+
 def _verify(arguments: argparse.Namespace) -> int:
-    _check_files(arguments, arguments.json)
+    config = _config(arguments)
+    _check_files(arguments, config, arguments.json)
     with _progress(arguments) as progress:
-        check = pipeline.verify(arguments.model, arguments.other, config=_config(arguments), progress=progress)
+        check = pipeline.verify(arguments.model, arguments.other, config=config, progress=progress)
     if arguments.json:
         _write_json(arguments.json, check.to_dict())
     _print(arguments, render_verification(check))
@@ -229,14 +232,19 @@ def _providers(arguments: argparse.Namespace) -> int:
     return MET
 
 
-def _check_files(arguments: argparse.Namespace, *files: str | None) -> None:
-    """See before the work that everything can be written after it."""
-    source = Path(arguments.model)
-    for file in files:
-        if file is not None:
-            check_destination(Path(file), source)
-    names = [Path(file).resolve() for file in files if file is not None]
-    if len(set(names)) != len(names):
+FILES_READ = ("other", "plan_file", "config", "calibrate", "evaluate", "preprocess")
+
+
+def _check_files(arguments: argparse.Namespace, config: Config, *files: str | None) -> None:
+    """See before the work that everything can be written after it, and over nothing that is read."""
+    options = {**vars(config), **vars(arguments)}
+    read = [Path(file) for name in FILES_READ if isinstance(file := options.get(name), str)]
+    results = [Path(file) for file in files if file is not None]
+    for path in results:
+        check_destination(path, Path(arguments.model))
+        if path.exists() and any(file.exists() and path.samefile(file) for file in read):
+            raise LowRankError(f"{path} is a file that was given: choose another name for the result")
+    if len({path.resolve() for path in results}) != len(results):
         raise LowRankError("one file was named for two results: a name for each was expected")
 
 
@@ -246,11 +254,11 @@ def _write_json(path: str, data: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def _print(arguments: argparse.Namespace, parts: Iterable[Any]) -> None:
+def _print(arguments: argparse.Namespace, parts: Iterable[Any], *, wrap: bool = True) -> None:
     if not arguments.quiet:
-        console = Console(highlight=False)
+        console = Console(highlight=False, emoji=False)
         for part in parts:
-            console.print(part)
+            console.print(part, soft_wrap=not wrap)
 
 
 @contextmanager

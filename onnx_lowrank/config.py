@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import math
+import operator
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,8 @@ class Config:
         names = [budget.metric for budget in self.budget]
         _expect(len(set(names)) == len(names), f"two budgets for {names}", "one for each metric")
         _expect(self.objective in metrics, f"objective '{self.objective}'", f"one of {', '.join(metrics)}")
-        _expect(self.max_drop is None or self.max_drop >= 0, f"max_drop {self.max_drop}", "a number of at least 0")
+        held = self.max_drop is None or 0 <= self.max_drop < math.inf
+        _expect(held, f"max_drop {self.max_drop}", "a number of at least 0")
         _expect(bool(self.methods), "an empty list of methods", "at least one decomposition")
         for name, least in (("threads", 0), ("batch_size", 1), ("jobs", 0), ("seed", 0)):
             _expect(
@@ -151,26 +154,7 @@ def make_config(**options: Any) -> Config:
     for name in options:
         _expect(name in known, f"option '{name}'", f"one of {', '.join(sorted(known))}")
     values = {name: value for name, value in options.items() if value is not None}
-    if isinstance(budget := values.get("budget"), Mapping):
-        values["budget"] = tuple(Budget(metric, _number(f"budget {metric}", ratio)) for metric, ratio in budget.items())
-    elif isinstance(budget, str):
-        values["budget"] = parse_budgets([budget])
-    for name in ("methods", "include", "exclude"):
-        if name in values:
-            given = values[name]
-            values[name] = tuple(part for part in given.split(",") if part) if isinstance(given, str) else tuple(given)
-    if isinstance(shapes := values.get("input_shape"), Mapping):
-        values["input_shape"] = {name: tuple(int(n) for n in shape) for name, shape in shapes.items()}
-    for name in ("threads", "batch_size", "jobs", "seed", "align"):
-        if name in values:
-            _expect(
-                isinstance(values[name], int) and not isinstance(values[name], bool),
-                f"{name} {values[name]!r}",
-                "a whole number",
-            )
-    if "max_drop" in values:
-        values["max_drop"] = _number("max_drop", values["max_drop"])
-    return Config(**values)
+    return Config(**{name: READERS[name](name, value) if name in READERS else value for name, value in values.items()})
 
 
 def _number(name: str, value: Any) -> float:
@@ -178,6 +162,61 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError) as error:
         raise LowRankError(f"{name} '{value}' was given: a number was expected") from error
+
+
+def _whole(name: str, value: Any) -> int:
+    _expect(hasattr(value, "__index__") and not isinstance(value, bool), f"{name} {value!r}", "a whole number")
+    return operator.index(value)
+
+
+def _truth(name: str, value: Any) -> bool:
+    _expect(isinstance(value, bool), f"{name} {value!r}", "true or false")
+    return bool(value)
+
+
+def _text(name: str, value: Any) -> str:
+    _expect(isinstance(value, (str, os.PathLike)), f"{name} {value!r}", "text")
+    return os.fspath(value)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """From a list, or from one text with commas."""
+    parts = value.split(",") if isinstance(value, str) else value
+    listed = isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts)
+    _expect(listed, f"{name} {value!r}", "a list of names")
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _budgets(name: str, value: Any) -> tuple[Budget, ...]:
+    """From a mapping, or from one or more Budgets and texts."""
+    if isinstance(value, Mapping):
+        return tuple(Budget(metric, _number(f"budget {metric}", ratio)) for metric, ratio in value.items())
+    items = value if isinstance(value, (list, tuple)) else [value]
+    known = all(isinstance(item, (str, Budget)) for item in items)
+    _expect(known, f"{name} {value!r}", "METRIC=RATIO, for example macs=0.5,")
+    return tuple(b for item in items for b in ([item] if isinstance(item, Budget) else parse_budgets([item])))
+
+
+def _shapes(name: str, value: Any) -> dict[str, tuple[int, ...]]:
+    """From a mapping, or from one or more texts."""
+    if not isinstance(value, Mapping):
+        return parse_input_shapes(_texts(name, [value] if isinstance(value, str) else value))
+    for shape in value.values():
+        sizes = isinstance(shape, (list, tuple)) and all(hasattr(n, "__index__") and n > 0 for n in shape)
+        _expect(sizes, f"{name} {dict(value)}", "sizes of at least 1 for each input")
+    return {key: tuple(map(operator.index, shape)) for key, shape in value.items()}
+
+
+READERS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("preprocess", "metric", "objective", "rank", "provider"), _text),
+    **dict.fromkeys(("methods", "include", "exclude"), _texts),
+    **dict.fromkeys(("threads", "batch_size", "jobs", "seed", "align"), _whole),
+    "budget": _budgets,
+    "max_drop": _number,
+    "fold_batchnorm": _truth,
+    "input_shape": _shapes,
+}
+"""What makes an option's value from its everyday forms; the others are taken as they are."""
 
 
 def parse_budgets(texts: Sequence[str]) -> tuple[Budget, ...]:
@@ -226,7 +265,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         Where the file cannot be read, is no TOML, or names code to execute: that is only taken from the command line.
     """
     try:
-        options = tomllib.loads(Path(path).read_text())
+        options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise LowRankError(f"{path} cannot be read ({error.strerror}): a TOML file was expected") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

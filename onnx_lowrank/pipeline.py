@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from onnx_lowrank.graph.probe import probe_model
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.integrations import from_proto
 from onnx_lowrank.planner import Planner
-from onnx_lowrank.plans import read_choices, read_plan
+from onnx_lowrank.plans import plan_to_dict, read_choices, read_plan
 from onnx_lowrank.report.data import Report, Size, environment, plain
 from onnx_lowrank.search import budget_results, within_budgets, within_drop
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Candidate, Cost, LowRankError, Plan, Progress, Skip, no_progress
-from onnx_lowrank.verify import Accuracy, Latency
+from onnx_lowrank.verify import UNBOUNDED, Accuracy, Latency
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def analyze(model: Any, *, config: Config | None = None, progress: Progress = no
     LowRankError
         For a model or an option that cannot be used, or a budget out of reach.
     """
-    config = config or make_config(**options)
+    config = _configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
     if config.rank:
         return planner.estimated()
@@ -123,15 +124,10 @@ def apply(
     **options: Any,
 ) -> Result:
     """Carry out a plan, made by `analyze` or read from a file, and verify the result as `compress` does."""
-    config = config or make_config(**options)
+    config = _configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
-    if isinstance(plan, Plan):
-        mine = {choice.layers for choice in plan.choices if not choice.dense}
-        if not mine <= {group.names for group in planner.subject.groups}:
-            raise LowRankError("the plan names layers that the model does not have: it was made for another model")
-        choices = plan.choices
-    else:
-        choices = read_choices(read_plan(plan), planner.subject.groups)
+    data = plan_to_dict(plan) if isinstance(plan, Plan) else read_plan(plan)
+    choices = read_choices(data, planner.subject.groups)
     with open_bench(planner) as bench:
         return _finish(bench, model, bench.attempt(planner.plan(choices)))
 
@@ -156,13 +152,17 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
     LowRankError
         For a model, data or options that cannot be used.
     """
-    config = config or make_config(**options)
+    config = _configured(config, options)
     if not config.budget and config.max_drop is None and not config.rank:
         raise LowRankError(
             "nothing was asked for: give a budget (macs=0.5), the largest drop accepted (max_drop 0.01) or a rank estimator (vbmf)"
         )
     if config.max_drop is not None and config.evaluate is None and config.calibrate is None:
         raise LowRankError("max_drop needs samples to hold it on: give --evaluate DATA")
+    if config.max_drop is not None and config.metric in UNBOUNDED:
+        raise LowRankError(
+            f"max_drop of {config.metric}: the original has no such figure to lose; use cosine or agreement"
+        )
     planner = Planner(open_subject(model, config), config, progress)
     if not planner.subject.found.layers:
         raise LowRankError(
@@ -189,7 +189,7 @@ def verify(
     LowRankError
         Where a model cannot be loaded, or the other has different inputs or outputs.
     """
-    config = config or make_config(**options)
+    config = _configured(config, options)
     subject, second = open_subject(original, config), open_subject(other, config)
     if [i.name for i in subject.inputs] != [i.name for i in second.inputs]:
         raise LowRankError("the two models have different inputs: two versions of one model were expected")
@@ -204,7 +204,7 @@ def inspect(
     model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any
 ) -> Inspection:
     """What is in a model, what each layer could become, and why others are left alone."""
-    config = config or make_config(**options)
+    config = _configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
     views = []
     for group, candidates in zip(planner.subject.groups, planner.candidates(), strict=True):
@@ -224,6 +224,12 @@ def providers() -> tuple[tuple[str, str], ...]:
     have = runtime.available_providers()
     missing = tuple((name, "not in this build") for name in runtime.known_providers() if name not in have)
     return tuple((name, runtime.probe(name, model, feeds)) for name in have) + missing
+
+
+def _configured(config: Config | None, options: Mapping[str, Any]) -> Config:
+    if config is not None and options:
+        raise LowRankError(f"config and {', '.join(options)} were given: put every option into config, or give none")
+    return config or make_config(**options)
 
 
 def _finish(bench: Bench, given: Any, best: Attempt) -> Result:

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
+
 from onnx_lowrank.budgets import BUDGET_SOLVERS
+from onnx_lowrank.calibrate import collect
 from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded
 from onnx_lowrank.config import MEASURED, Config
 from onnx_lowrank.decompositions import find_decomposition
@@ -17,9 +20,15 @@ from onnx_lowrank.parallel import run_all
 from onnx_lowrank.ranks import parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
-from onnx_lowrank.subject import Subject
-from onnx_lowrank.types import Budget, Candidate, Cost, Plan, Progress, Skip
+from onnx_lowrank.subject import Subject, open_config_data
+from onnx_lowrank.types import Budget, Candidate, Cost, LayerStatistics, Plan, Progress, Skip
 
+CALIBRATION_SAMPLES = 1024
+"""Samples that layers are fitted on at most; a few hundred do nearly as well."""
+
+CALIBRATION_BATCH = 64
+
+Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 
 
@@ -36,6 +45,7 @@ class Planner:
         self._cache = FactorCache() if searches else None
         self._candidates: list[tuple[Candidate, ...]] | None = None
         self._refused: tuple[Skip, ...] = ()
+        self._feeds: list[dict[str, np.ndarray]] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -50,22 +60,47 @@ class Planner:
         """Candidates of each group of the subject, the dense one first."""
         if self._candidates is None:
             block = self.config.align or block_size()
-            made = self._for_each_group(partial(group_candidates, methods=self.config.methods, block=block))
+            seen = self._statistics()
+            made = self._for_each_group(
+                partial(_candidates_of, methods=self.config.methods, block=block),
+                [partial(_with_statistics, group, seen.get(group.names[0])) for group in self.subject.groups],
+            )
             self._candidates = [candidates for candidates, _ in made]
             self._refused = tuple(skip for _, skip in made if skip)
         return self._candidates
 
-    def _for_each_group(self, function: Callable[[Group], Outcome]) -> list[Outcome]:
+    def _statistics(self) -> dict[str, LayerStatistics]:
+        """What the layers see, where there are samples to see it on."""
+        feeds = self.calibration()
+        if feeds is None:
+            return {}
+        alone = [group.names[0] for group in self.subject.groups if len(group.layers) == 1]
+        with self.stage("calibrate"):
+            return collect(
+                self.subject.model, self.subject.found, alone, feeds, seed=self.config.seed, progress=self.progress
+            )
+
+    def _for_each_group(
+        self, function: Callable[[Task], Outcome], tasks: Sequence[Callable[[], Task]]
+    ) -> list[Outcome]:
         groups = self.subject.groups
         with self.stage("analyze"):
             return run_all(
                 function,
-                [partial(loaded, group) for group in groups],
+                tasks,
                 [group.layers[0].spec.params for group in groups],
                 jobs=self.config.workers,
                 progress=self.progress,
                 stage="analyze",
             )
+
+    def calibration(self) -> list[dict[str, np.ndarray]] | None:
+        """Samples for fitting, batch by batch; None where the user gave none."""
+        if self._feeds is None and self.config.calibrate is not None:
+            data = open_config_data("calibrate", self.subject.inputs, self.config)
+            assert data is not None
+            self._feeds = [feeds for feeds, _ in data.take(CALIBRATION_SAMPLES).batches(CALIBRATION_BATCH)]
+        return self._feeds
 
     @property
     def hopeless(self) -> bool:
@@ -82,8 +117,10 @@ class Planner:
         covered = sum((group.dense.cost for group in self.subject.groups), Cost(0, 0))
         rest = Cost(whole.macs - covered.macs, whole.params - covered.params)
         refused = {skip.layer for skip in self.skips()}
+        changed = any(not choice.dense for choice in choices)
+        why = "kept dense by the plan: other layers save as much at less error" if changed else "no layer is changed"
         spared = tuple(
-            Skip(name, layer.op_type, "kept dense by the plan: other layers save as much at less error")
+            Skip(name, layer.op_type, why)
             for group, choice in zip(self.subject.groups, choices, strict=True)
             for name, layer in zip(group.names, group.layers, strict=True)
             if choice.dense and name not in refused
@@ -109,7 +146,8 @@ class Planner:
         estimator = parse_estimator(self.config.rank or "vbmf")
         block = self.config.align or block_size()
         made = self._for_each_group(
-            partial(estimated_candidate, methods=self.config.methods, estimator=estimator, block=block)
+            partial(estimated_candidate, methods=self.config.methods, estimator=estimator, block=block),
+            [partial(loaded, group) for group in self.subject.groups],
         )
         self._refused = tuple(item for item in made if isinstance(item, Skip))
         groups = self.subject.groups
@@ -130,4 +168,16 @@ class Planner:
                 jobs=self.config.workers,
                 progress=self.progress,
                 cache=self._cache,
+                feeds=self.calibration(),
             )
+
+
+def _with_statistics(group: Group, seen: LayerStatistics | None) -> tuple[Group, LayerStatistics | None]:
+    return loaded(group), seen
+
+
+def _candidates_of(
+    task: tuple[Group, LayerStatistics | None], methods: Sequence[str], block: int
+) -> tuple[tuple[Candidate, ...], Skip | None]:
+    group, seen = task
+    return group_candidates(group, methods, block, seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def read_plan(source: str | Path) -> dict[str, Any]:
         data = json.loads(Path(source).read_text())
     except OSError as error:
         raise LowRankError(f"{source} cannot be read ({error.strerror}): a saved plan was expected") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LowRankError(f"{source} is not JSON ({error}): a plan saved with --plan was expected") from error
     if not isinstance(data, dict) or not isinstance(data.get("choices"), list):
         raise LowRankError(f"{source} has no list of 'choices': a plan saved with --plan was expected")
@@ -67,9 +68,8 @@ def read_choices(data: Mapping[str, Any], groups: Sequence[Group]) -> tuple[Cand
     for number, entry in enumerate(data["choices"]):
         where = f"choice {number} of the plan"
         try:
-            names, method = list(entry["layers"]), str(entry["decomposition"])
-            given = entry.get("rank", [])
-            rank = tuple(int(r) for r in (given if isinstance(given, list) else [given]))
+            names, method = [str(name) for name in _listed(entry["layers"])], str(entry["decomposition"])
+            rank = tuple(map(operator.index, _listed(entry.get("rank", []))))
             error = float(entry.get("error", 0.0))
         except (TypeError, KeyError, ValueError, AttributeError) as problem:
             raise LowRankError(
@@ -89,3 +89,7 @@ def read_choices(data: Mapping[str, Any], groups: Sequence[Group]) -> tuple[Cand
             raise LowRankError(f"{where} decides layer '{names[0]}' a second time: once was expected")
         chosen[group.names] = group.dense if method == DENSE else price(group, method, rank, error)
     return tuple(chosen.get(group.names, group.dense) for group in groups)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

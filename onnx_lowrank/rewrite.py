@@ -15,6 +15,7 @@ from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.splice import Replacement, splice
 from onnx_lowrank.parallel import run_all
+from onnx_lowrank.refit import refit
 from onnx_lowrank.types import Candidate, Factorization, LowRankError, Plan, Progress
 
 
@@ -59,6 +60,7 @@ def rewrite(
     jobs: int,
     progress: Progress,
     cache: FactorCache | None = None,
+    feeds: list[dict[str, np.ndarray]] | None = None,
 ) -> tuple[Model, tuple[LayerReport, ...]]:
     """A copy of `model` with `plan` carried out, and what became of each layer.
 
@@ -71,23 +73,30 @@ def rewrite(
     by_names = {group.names: group for group in groups}
     work = [(by_names[c.layers], c) for c in plan.choices if not c.dense]
     todo = [(group, choice) for group, choice in work if cache.get(choice) is None]
-    made = run_all(
-        _factorize,
-        [partial(_task, group, choice, seed) for group, choice in todo],
-        [group.layers[0].spec.params for group, _ in todo],
-        jobs=jobs,
-        progress=progress,
-        stage="factorize",
-    )
-    for (_, choice), new in zip(todo, made, strict=True):
-        cache.put(choice, new)
+    if feeds:
+        cache = FactorCache()  # each fit depends on those before it: nothing can be kept from another plan
+        fitted = refit(model, found, [choice for _, choice in work], feeds, seed=seed, progress=progress)
+        for _, choice in work:
+            cache.put(choice, fitted[choice.layers])
+    else:
+        made = run_all(
+            _factorize,
+            [partial(_task, group, choice, seed) for group, choice in todo],
+            [group.layers[0].spec.params for group, _ in todo],
+            jobs=jobs,
+            progress=progress,
+            stage="factorize",
+        )
+        for (_, choice), new in zip(todo, made, strict=True):
+            cache.put(choice, new)
     replacements, reports = [], []
     for group, choice in work:
         factorization = cache.get(choice)
         assert factorization is not None
         for index, (layer, chain) in enumerate(zip(group.layers, choice.chains, strict=True)):
             kernels = factorization.kernels[index if len(factorization.kernels) > 1 else 0]
-            replacements.append(Replacement(layer.name, choice.decomposition, choice.rank, chain, kernels))
+            bias = factorization.biases[index] if factorization.biases else None
+            replacements.append(Replacement(layer.name, choice.decomposition, choice.rank, chain, kernels, bias))
             reports.append((layer, chain, choice, factorization, index == 0))
     result, nodes = splice(model, found, replacements)
     return result, tuple(

@@ -73,9 +73,19 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
         if not missed or any("cannot be met" in note for note in attempt.plan.notes):
             break
         for result in missed:
-            ratios[result.metric] *= SLACK * result.asked / result.reached
+            ratios[result.metric] = _corrected(attempt.plan.ratio(MEASURED[result.metric]), result)
     assert best is not None
     return best
+
+
+def _corrected(share: float, result: BudgetResult) -> float:
+    """The share to plan for next: on the line through what `share` reached and the original, whose share and figure are 1.
+
+    The line meets the axis at the overhead that no plan takes away; where that alone is too much, in proportion.
+    """
+    asked = SLACK * result.asked
+    line = 1 - (1 - asked) * (1 - share) / (1 - result.reached) if result.reached < 1 else 0.0
+    return line if line > 0 else share * asked / result.reached
 
 
 def _solve(planner: Planner, ratios: dict[str, float]) -> Plan:
@@ -125,6 +135,7 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
 
 def _too_few(accuracy: Accuracy, limit: float) -> str:
     """Why even an unchanged model cannot be promised, and what it would take."""
-    needed = math.ceil(accuracy.samples * accuracy.drop_upper_95 / limit) if limit > 0 else None
+    # the bound of scores that are all alike falls as 1 / (n + 2), see drop_upper
+    needed = math.ceil((accuracy.samples + 2) * accuracy.drop_upper_95 / limit) - 2 if limit > 0 else None
     enough = f"about {needed} would be needed" if needed else "no number would be enough for a drop of 0"
     return f"{accuracy.samples} samples are too few to promise a drop of {limit:g} with {CONFIDENCE:.0%} confidence: {enough}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,12 @@ def open_subject(source: Any, config: Config) -> Subject:
     LowRankError
         Where it cannot be used; see :func:`onnx_lowrank.graph.model.load` and the data it is given.
     """
-    model = load(to_proto(source))
+    try:
+        model = load(to_proto(source))
+    except TypeError as error:
+        raise LowRankError(
+            f"a model of type {type(source).__name__} was given: a path, a ModelProto or a graphsurgeon Graph was expected"
+        ) from error
     if config.fold_batchnorm:
         model = model.copy()
         fold_batchnorm(model)
@@ -84,12 +89,14 @@ def open_subject(source: Any, config: Config) -> Subject:
     sizes, notes = sample_shapes(inputs, given)
     shapes = shapes_of(model, inputs, sizes)
     found = find_layers(model, shapes)
-    chosen = [layer for layer in found.layers if config.selects(layer.name)]
-    left = tuple(
-        Skip(layer.name, layer.op_type, "left out by --include or --exclude")
+    spared = [layer for layer in found.layers if not config.selects(layer.name)]
+    left = tuple(Skip(layer.name, layer.op_type, "left out by --include or --exclude") for layer in spared)
+    kept = {layer.weight_name for layer in spared}
+    chosen = [
+        replace(layer, weight_kept=layer.weight_kept or layer.weight_name in kept)
         for layer in found.layers
-        if not config.selects(layer.name)
-    )
+        if config.selects(layer.name)
+    ]
     cost, unknown = model_cost(model, shapes)
     if unknown:
         notes += (

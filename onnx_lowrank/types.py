@@ -198,6 +198,17 @@ class LayerStatistics:
     second_moment: np.ndarray
     samples: int
 
+    @property
+    def covariance(self) -> np.ndarray:
+        """``E[(x - mean)(x - mean)^T]``: what is left once the bias has taken the mean."""
+        return self.second_moment - np.outer(self.mean, self.mean)
+
+    def of_group(self, index: int, groups: int) -> LayerStatistics:
+        """The part that one group of channels sees."""
+        size = len(self.mean) // groups
+        part = slice(index * size, (index + 1) * size)
+        return LayerStatistics(self.mean[part], self.second_moment[part, part], self.samples)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -331,12 +342,15 @@ class Factorization:
         False when an iterative algorithm stopped before its tolerance.
     next_step
         What to try where it did not converge; empty otherwise.
+    biases
+        For each layer, what stands for its bias; None, or nothing at all, leaves it.
     """
 
     kernels: tuple[tuple[np.ndarray, ...], ...]
     relative_error: float
     converged: bool = True
     next_step: str = ""
+    biases: tuple[np.ndarray | None, ...] = ()
 
 
 class Decomposition(Protocol):
@@ -358,8 +372,16 @@ class Decomposition(Protocol):
     def chain(self, specs: Sequence[ConvSpec], rank: Rank) -> tuple[Chain, ...]:
         """The chain of each layer: shapes only."""
 
-    def errors(self, weights: Sequence[np.ndarray], ranks: Sequence[Rank]) -> np.ndarray:
-        """Predicted ``(||W - W~|| / ||W||)^2`` for each of `ranks`, without factorising for each."""
+    def errors(
+        self,
+        weights: Sequence[np.ndarray],
+        ranks: Sequence[Rank],
+        statistics: Sequence[LayerStatistics] | None = None,
+    ) -> np.ndarray:
+        """Predicted squared relative error for each of `ranks`, without factorising for each.
+
+        Of the kernel, ``(||W - W~|| / ||W||)^2``; with `statistics`, of the output that these inputs give.
+        """
 
     def estimate_rank(self, weights: Sequence[np.ndarray], estimator: Callable[[np.ndarray], int]) -> Rank:
         """The rank that a matrix rank estimator gives; 0 in it means that there is no signal to keep."""
@@ -371,8 +393,9 @@ class Decomposition(Protocol):
         statistics: Sequence[LayerStatistics] | None = None,
         *,
         rng: np.random.Generator,
+        start: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> Factorization:
-        """Kernels of `rank`, in float64."""
+        """Kernels of `rank`, in float64; an iterative fit with `statistics` goes on from those of `start`."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -73,8 +74,8 @@ class Rewritten:
         return next(n for n in self.model.graph.node if name in (n.name, *n.output))
 
 
-def find(model: onnx.ModelProto, **shapes: Sequence[int]) -> Found:
-    """The layers of a model."""
+def find(model: onnx.ModelProto | Path, **shapes: Sequence[int]) -> Found:
+    """The layers of a model, or of the file at a path."""
     loaded = load(model)
     sizes, _ = sample_shapes(model_inputs(loaded), shapes)
     return find_layers(loaded, infer(loaded, sizes))
@@ -90,8 +91,13 @@ def half(rank: Rank) -> Rank:
     return tuple(max(1, r // 2) for r in rank)
 
 
+def ones(rank: Rank) -> Rank:
+    """The lowest rank."""
+    return (1,) * len(rank)
+
+
 def decompose(
-    model: onnx.ModelProto,
+    model: onnx.ModelProto | Path,
     name: str,
     rank: Callable[[Rank], Rank] = full,
     *,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -12,6 +16,9 @@ from onnx_lowrank.types import Budget, Candidate, Cost, LowRankError
 
 GAP = 1e-6
 """Relative optimality gap at which the solver may stop; predicted errors are not known better than that."""
+
+MISS = 2e-6
+"""Share of a limit by which the solver may miss it (1e-6, as HiGHS is set), and that again."""
 
 SECONDS = 60.0
 """Longest search. The best plan found by then is feasible, and nearly always optimal."""
@@ -58,46 +65,88 @@ def knapsack(
     >>> knapsack([[a, b]], [Budget("macs", 0.5)], Cost(0, 0), Cost(10, 10)) == (b,)
     True
     """
+    limits = [_limit(budget, rest, original) for budget in budgets]
+    _check_reach(candidates, budgets, limits, rest, original)
     if not candidates:
-        _check_reach(candidates, budgets, rest, original)
         return ()
+    picked = _solve(candidates, budgets, limits)
+    if any(_used(picked, b.metric) > limit for b, limit in zip(budgets, limits, strict=True)):
+        # within the solver's tolerance, and yet beyond the budget: ask for that much less
+        picked = _solve(candidates, budgets, [limit - math.ceil(MISS * limit) for limit in limits])
+    return picked
+
+
+def _solve(
+    candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget], limits: Sequence[int]
+) -> tuple[Candidate, ...]:
+    """The choice with the least total error that uses at most `limits`."""
     flat = [c for group in candidates for c in group]
     owner = np.repeat(np.arange(len(candidates)), [len(group) for group in candidates])
     one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(candidates), len(flat)))
     constraints = [LinearConstraint(one_each, 1, 1)]
-    _check_reach(candidates, budgets, rest, original)
-    for budget in budgets:
+    for budget, limit in zip(budgets, limits, strict=True):
         used = np.array([getattr(c.cost, budget.metric) for c in flat], dtype=float)
-        limit = budget.ratio * getattr(original, budget.metric) - getattr(rest, budget.metric)
         # in units of the limit, so that the solver's absolute tolerances mean the same for every budget
-        constraints.append(LinearConstraint(used[None] / max(limit, 1.0), -np.inf, limit / max(limit, 1.0)))
+        constraints.append(LinearConstraint(used[None] / max(limit, 1), -np.inf, limit / max(limit, 1)))
     errors = np.array([c.error for c in flat])
-    result = milp(
-        errors / max(errors.max(), np.finfo(float).tiny),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-    )
+    with _silent():
+        result = milp(
+            errors / max(errors.max(), np.finfo(float).tiny),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
     if result.status == 2:
         asked = ", ".join(f"{b.metric}={b.ratio:g}" for b in budgets)
         raise OutOfReach(f"{asked} cannot be met together: loosen one, or allow more layers and methods")
     if result.x is None:
         raise LowRankError(f"no plan was found within {SECONDS:.0f} s ({result.message}): loosen a budget")
-    picked = np.flatnonzero(result.x > 0.5)
-    return tuple(flat[i] for i in picked)
+    return tuple(flat[i] for i in np.flatnonzero(result.x > 0.5))
+
+
+def _used(choices: Sequence[Candidate], metric: str) -> int:
+    return sum(getattr(c.cost, metric) for c in choices)
+
+
+def _limit(budget: Budget, rest: Cost, original: Cost) -> int:
+    """Largest cost of all groups together whose plan is within `budget`, as its ratio is reported."""
+    total = getattr(original, budget.metric)
+    most = math.floor(budget.ratio * total) + 1  # 0.29 * 100 is below 29, and yet 29 / 100 is within 0.29
+    while total and most / total > budget.ratio:
+        most -= 1
+    return most - getattr(rest, budget.metric)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing on the process's standard output: HiGHS leaves a line of its debugging there that no option turns off."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _check_reach(
-    candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget], rest: Cost, original: Cost
+    candidates: Sequence[Sequence[Candidate]],
+    budgets: Sequence[Budget],
+    limits: Sequence[int],
+    rest: Cost,
+    original: Cost,
 ) -> None:
     """See that each budget can be met, by itself."""
-    for budget in budgets:
+    for budget, limit in zip(budgets, limits, strict=True):
         metric = budget.metric
-        least = getattr(rest, metric) + sum(min(getattr(c.cost, metric) for c in group) for group in candidates)
-        total = getattr(original, metric)
-        if least > budget.ratio * total:
+        least = _used([min(group, key=lambda c: getattr(c.cost, metric)) for group in candidates], metric)
+        if least > limit:
+            share = (least + getattr(rest, metric)) / max(getattr(original, metric), 1)
             raise OutOfReach(
-                f"{metric}={budget.ratio:g} cannot be met: the layers that may be decomposed reach {least / max(total, 1):.3f} "
-                f"at the lowest rank; loosen the budget or allow more layers and methods"
+                f"{metric}={budget.ratio:g} cannot be met: the layers that may be decomposed reach "
+                # rounded up, so that the figure can be asked for
+                f"{math.ceil(1e3 * share) / 1e3:.3f} at the lowest rank; loosen the budget or allow more layers and methods"
             )

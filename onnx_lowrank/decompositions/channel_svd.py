@@ -7,7 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_lowrank.decompositions.matrix import MatrixDecomposition, is_pointwise, pointwise
-from onnx_lowrank.types import ConvSpec
+from onnx_lowrank.decompositions.weighted import (
+    FURTHER,
+    LONG,
+    SHORT,
+    ChannelMap,
+    WeightedFit,
+    block_mean,
+    interpolated_errors,
+    leading_outputs,
+    level,
+    output_energy,
+    output_spectrum,
+    root_and_inverse,
+    unit_rows,
+    variable_projection,
+)
+from onnx_lowrank.linalg import leading_basis, mode_dot, tail_energy, unfold
+from onnx_lowrank.types import ConvSpec, Factorization
 
 
 class SVD(MatrixDecomposition):
@@ -35,6 +52,26 @@ class SVD(MatrixDecomposition):
 
     def tensorize(self, left: np.ndarray, right: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         return right.reshape(-1, *shape[1:]), pointwise(left, len(shape) - 2)
+
+    def weighted_errors(self, weight: np.ndarray, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
+        energies = output_spectrum(self.matricize(weight), moment)
+        tails = tail_energy(np.sqrt(energies))
+        return tails[np.minimum(ranks, len(tails) - 1)]
+
+    def weighted_fit(
+        self, weight: np.ndarray, moment: np.ndarray, rank: int, start: np.ndarray | None
+    ) -> Factorization:
+        """Closed form: the projection of the outputs on their `rank` principal directions."""
+        target = self.matricize(weight)
+        # a rank beyond the outputs' number exists only for the mirror image of a tall matrix: nothing is lost
+        basis = leading_outputs(target, moment, min(rank, len(target)))
+        left = np.zeros((len(target), rank))
+        left[:, : basis.shape[1]] = basis
+        right = left.T @ target
+        missed = target - left @ right
+        total = output_energy(target, moment)
+        error = np.sqrt(max(output_energy(missed, moment), 0.0) / total) if total > 0 else 0.0
+        return Factorization((self.tensorize(*level(left, right), weight.shape),), float(error))
 
 
 class ChannelSVD(SVD):
@@ -66,3 +103,39 @@ class ChannelSVDIn(ChannelSVD):
     def tensorize(self, left: np.ndarray, right: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         second = np.moveaxis(left.reshape(shape[0], *shape[2:], -1), -1, 1)  # (O*k, r) -> (O, r, k...)
         return pointwise(right, len(shape) - 2), second
+
+    def weighted_errors(self, weight: np.ndarray, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
+        return interpolated_errors(lambda rank: fit_channels(weight, moment, rank, SHORT)[1].error, ranks)
+
+    def weighted_fit(
+        self, weight: np.ndarray, moment: np.ndarray, rank: int, start: np.ndarray | None
+    ) -> Factorization:
+        stage, fit = fit_channels(weight, moment, rank, LONG if start is None else FURTHER, start=start)
+        out, ones = len(weight), (1,) * (weight.ndim - 2)
+        second = fit.outer.reshape(out, rank, *weight.shape[2:])
+        return Factorization(((stage.reshape(*stage.shape, *ones), second),), float(np.sqrt(fit.error)))
+
+
+def fit_channels(
+    weight: np.ndarray,
+    moment: np.ndarray,
+    rank: int,
+    iterations: int,
+    out_rank: int | None = None,
+    start: np.ndarray | None = None,
+) -> tuple[np.ndarray, WeightedFit]:
+    """A pointwise stage (rank, I) and what follows it, (O, rank * k), restricted to `out_rank` where that is given.
+
+    Goes on from the stage `start`, or begins at the principal directions of the kernel in whitened input channels.
+    """
+    out, inner = weight.shape[:2]
+    target = weight.reshape(out, -1)
+    positions = target.shape[1] // inner
+    root, unwhiten = root_and_inverse(block_mean(moment, inner, positions, keep="outer"))
+    if start is None:
+        first = leading_basis(unfold(mode_dot(weight, root, 1), 1), rank).T
+    else:
+        first = unit_rows(start.reshape(rank, inner) @ root)
+    mapped = ChannelMap(unwhiten, positions)
+    fit = variable_projection(target, moment, mapped, first, iterations=iterations, out_rank=out_rank)
+    return mapped.stage(fit.parameters), fit

@@ -27,6 +27,10 @@ EXACT = 1e-12
 """Relative error at which a fit is exact: eps times the condition that its normal equations may have."""
 CANCELLATION = 1e-10
 """Squared relative error under which ``|X|^2 - 2 <X, Y> + |Y|^2`` has fewer than six digits left."""
+SINGLE = 1e-4
+"""Squared relative error above which products with the tensor may be rounded to float32: a thousand times its eps."""
+NEARLY = 1e-6
+"""Relative error within which a tensor is taken to have a multilinear rank: well above rounding to float32."""
 HISTORY = 5
 """Sweeps that the extrapolation remembers, and over which progress is averaged."""
 
@@ -126,11 +130,12 @@ def hadamard(grams: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def mttkrp_first(tensor: np.ndarray, rest: Sequence[np.ndarray]) -> np.ndarray:
-    """First unfolding times the Khatri-Rao product of the other factors, shape (n_first, rank).
+    """First unfolding times the Khatri-Rao product of the other factors, shape (n_first, rank), in float64.
 
-    One GEMM for each slice of the second mode, so that no more than a slice of the product exists at a time.
+    One GEMM in the tensor's dtype for each slice of the second mode, so that no more than a slice of the product exists
+    at a time.
     """
-    second, *others = rest
+    second, *others = (factor.astype(tensor.dtype, copy=False) for factor in rest)
     product = np.zeros((len(tensor), second.shape[1]))
     for i in range(len(second)):
         product += tensor[:, i].reshape(len(tensor), -1) @ khatri_rao([second[i : i + 1], *others])
@@ -139,7 +144,7 @@ def mttkrp_first(tensor: np.ndarray, rest: Sequence[np.ndarray]) -> np.ndarray:
 
 def contract_first(tensor: np.ndarray, first: np.ndarray) -> np.ndarray:
     """The first mode contracted with its factor, shape (n..., rank): what all other modes' updates share."""
-    return (tensor.reshape(len(tensor), -1).T @ first).reshape(*tensor.shape[1:], -1)
+    return (tensor.reshape(len(tensor), -1).T @ first.astype(tensor.dtype, copy=False)).reshape(*tensor.shape[1:], -1)
 
 
 def mttkrp_rest(partial: np.ndarray, rest: Sequence[np.ndarray], mode: int) -> np.ndarray:
@@ -148,20 +153,28 @@ def mttkrp_rest(partial: np.ndarray, rest: Sequence[np.ndarray], mode: int) -> n
         if axis != mode:
             last = partial.ndim - 1
             kept = [i for i in range(last + 1) if i != axis]
-            partial = np.einsum(partial, list(range(last + 1)), rest[axis], [axis, last], kept)
-    return partial
+            factor = rest[axis].astype(partial.dtype, copy=False)
+            partial = np.einsum(partial, list(range(last + 1)), factor, [axis, last], kept)
+    return partial.astype(np.float64, copy=False)
 
 
 def ridge_solve(product: np.ndarray, gram: np.ndarray, ridge: float) -> np.ndarray:
-    """``product (gram + ridge * mean diagonal * I)^-1`` by Cholesky, or by eigenvectors where that breaks down."""
+    """``product (gram + ridge * mean diagonal * I)^-1``, by eigenvectors where elimination breaks down.
+
+    By numpy's solver, not SciPy's Cholesky of half the operations: the two packages bring a BLAS each, and when
+    calls alternate, as they would here, their idle threads spin against each other (measured on two cores: 2 to 14 times
+    slower).
+    """
     rank = len(gram)
-    shift = (ridge + rank * EPS) * (np.trace(gram) / rank or 1.0)
-    shifted = gram + shift * np.eye(rank)
+    shift = (ridge + rank * EPS) * (float(np.trace(gram)) / rank or 1.0)
     try:
-        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(shifted, check_finite=False), product.T).T
+        solution = np.linalg.solve(gram + shift * np.eye(rank), product.T).T
     except np.linalg.LinAlgError:
-        values, vectors = scipy.linalg.eigh(gram)
-        return (product @ vectors / (np.maximum(values, 0.0) + shift)) @ vectors.T
+        solution = np.full_like(product, np.nan)
+    if not np.isfinite(solution).all():
+        values, vectors = np.linalg.eigh(gram)
+        solution = (product @ vectors / (np.maximum(values, 0.0) + shift)) @ vectors.T
+    return solution
 
 
 # --- exact compression and the closed-form start ------------------------------------------------------------------
@@ -276,6 +289,47 @@ def _split(tensors: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     return weights, [firsts, *(v.reshape(count, pairs * splits, -1) for v in vectors)]
 
 
+def pencil_start(core: np.ndarray, rank: int) -> Factors | None:
+    """CP by eigenvectors of a core of :func:`compress` that has at most that rank, and no mode shorter than it but the small.
+
+    Two mixtures of its slices, ``S = A diag(s) B^T`` and ``T = A diag(t) B^T``, share `A` and `B`: with ``S X = T X L``,
+    `X` is the inverse of ``B^T``, and ``S X`` is `A` up to scale. Exact where iterations are often caught by a local
+    minimum. The rank is read off the large modes; columns beyond it are zero.
+
+    Returns
+    -------
+    Factors with `rank` columns; None where the large modes need more, or where the result is not close to the core.
+
+    References
+    ----------
+    Leurgans, Ross & Abel (1993), "A decomposition for three-way arrays", section 3.
+    """
+    first, *small, last = core.shape
+    needed = [
+        int((tail_energy(np.linalg.norm(unfold(core, mode), axis=1)) > NEARLY**2).sum()) for mode in (0, core.ndim - 1)
+    ]
+    own = max(needed)
+    if own > min(rank, first, last) or math.prod(small) < 2:
+        return None
+    slices = core.reshape(first, -1, last)[:own, :, :own]
+    one, two = np.moveaxis(mode_dot(slices, leading_basis(unfold(slices, 1), 2).T, 1), 1, 0)
+    try:
+        vectors = scipy.linalg.eig(one, two)[1].real
+        inverse = np.linalg.inv(vectors)
+    except (np.linalg.LinAlgError, ValueError):
+        return None
+    by_one, by_two = one @ vectors, two @ vectors
+    left = np.where(np.linalg.norm(by_one, axis=0) > np.linalg.norm(by_two, axis=0), by_one, by_two)
+    left, right = unit_columns(left), unit_columns(inverse.T)
+    product = np.einsum("akb,ar,br->kr", slices, left, right, optimize=True)
+    positions = ridge_solve(product, (left.T @ left) * (right.T @ right), 0.0)
+    spatial = [vectors[:, 0].T for vectors in _split(positions.T.reshape(own, *small))[1]]
+    rest = [*spatial, np.pad(right, ((0, last - own), (0, 0)))]
+    factors = [ridge_solve(mttkrp_first(core, rest), hadamard([f.T @ f for f in rest]), 0.0), *rest]
+    close = relative_residual(core, factors) < math.sqrt(NEARLY)  # False for a nan, too
+    return tuple(np.pad(factor, ((0, 0), (0, rank - own))) for factor in factors) if close else None
+
+
 def full_rank(shape: Sequence[int]) -> int:
     """Number of terms after which the better closed form of a tensor of `shape` is complete.
 
@@ -317,20 +371,29 @@ def generic_rank(shape: Sequence[int]) -> float:
 # --- iterations ---------------------------------------------------------------------------------------------------
 
 
-def als(tensor: np.ndarray, start: Sequence[np.ndarray], *, iterations: int, tolerance: float, ridge: float) -> Fit:
+def als(
+    tensor: np.ndarray,
+    start: Sequence[np.ndarray],
+    *,
+    iterations: int,
+    tolerance: float,
+    ridge: float,
+    norm_limit: float = 10.0,
+) -> Fit:
     """Alternating least squares with a ridge, extrapolated over its sweeps.
 
     Given the others, a factor solves the normal equations ``A (G + lambda I) = M``, with `G` the Hadamard product of
     the others' Gram matrices and `M` the matricised tensor times their Khatri-Rao product. The others have unit
     columns, so that the ridge penalises the sum of squared component norms. Its weight is `ridge` times the squared
-    relative error reached: it never moves a solution by more than a share of its own error, it vanishes on the
-    way to an exact fit, and it holds a degenerate fit, whose norm would grow as one over the squared error, at a norm of
-    about ``1 / ridge``.
+    relative error reached, times the square of the norm over `norm_limit`. So it costs a benign fit next to nothing and
+    vanishes on the way to an exact one, while it holds a degenerate fit, whose norm would grow as one over the squared
+    error without end, near the limit.
 
     A sweep is two large GEMMs whatever the number of modes: `M` of the first mode, and the first mode contracted
     out, which serves all the others. Sweeps converge slowly (swamps); Anderson extrapolation over the last few reaches
     in a given number of them what takes plain sweeps two to three times as many. Where it raises the
-    error, the plain sweep is taken instead and the history forgotten.
+    error, the plain sweep is taken instead and the history forgotten. As long as the error is large the two GEMMs are in
+    float32; everything else, and the error returned, is in float64.
 
     Parameters
     ----------
@@ -343,7 +406,9 @@ def als(tensor: np.ndarray, start: Sequence[np.ndarray], *, iterations: int, tol
     tolerance
         Converged when the relative error falls by less than this share of itself a sweep, averaged over five.
     ridge
-        Weight of the squared component norms, relative to the squared error.
+        Weight of the squared component norms at the limit, relative to the squared error.
+    norm_limit
+        Norm (over that of the tensor) beyond which components count as cancelling each other.
 
     References
     ----------
@@ -360,14 +425,19 @@ def als(tensor: np.ndarray, start: Sequence[np.ndarray], *, iterations: int, tol
     memory = _Anderson()
     history: list[float] = []
     error, converged = math.inf, False
+    weight = ridge * min(1.0, squared_norm(first) / (norm_limit * total)) ** 2
+    single = tensor.astype(np.float32)
     for sweep in range(iterations):
+        source = single if error > SINGLE else tensor
         grams = [factor.T @ factor for factor in rest]
-        product, gram = mttkrp_first(tensor, rest), hadamard(grams)
+        product, gram = mttkrp_first(source, rest), hadamard(grams)
         if sweep == 0:
             error = min(1.0, _squared_error(total, product, first, gram * (first.T @ first)))
         previous = error
-        first = ridge_solve(product, gram, ridge * error)
+        first = ridge_solve(product, gram, weight * error)
         first_gram = first.T @ first
+        norms = np.sqrt(np.diag(first_gram))
+        weight = ridge * (float(norms @ norms) / (norm_limit * total)) ** 2
         error = _squared_error(total, product, first, gram * first_gram)
         if error < CANCELLATION:
             error = relative_residual(tensor, [first, *rest]) ** 2
@@ -381,13 +451,12 @@ def als(tensor: np.ndarray, start: Sequence[np.ndarray], *, iterations: int, tol
             rest, plain, memory, error = plain, None, _Anderson(), previous
             continue
         before, rest = np.concatenate(rest), list(rest)
-        partial = contract_first(tensor, unit_columns(first))
-        norms = np.sqrt(np.diag(first_gram))
+        partial = contract_first(source, unit_columns(first))
         norms[norms == 0] = 1.0
         gram = first_gram / np.outer(norms, norms)
         for mode in reversed(range(len(rest))):
             others = hadamard([gram, *grams[:mode], *grams[mode + 1 :]])
-            rest[mode] = unit_columns(ridge_solve(mttkrp_rest(partial, rest, mode), others, ridge * error))
+            rest[mode] = unit_columns(ridge_solve(mttkrp_rest(partial, rest, mode), others, weight * error))
             grams[mode] = rest[mode].T @ rest[mode]
         plain = rest
         cuts = np.cumsum([len(factor) for factor in rest])[:-1]
@@ -410,24 +479,26 @@ class _Anderson:
     """Anderson extrapolation of a fixed-point map over the last `HISTORY` differences."""
 
     def __init__(self) -> None:
-        self.last: tuple[np.ndarray, np.ndarray] | None = None
-        self.differences: list[tuple[np.ndarray, np.ndarray]] = []
+        self.count = 0
 
     def next(self, argument: np.ndarray, value: np.ndarray) -> np.ndarray:
         """Where to apply the map next, after it took `argument` to `value`."""
-        step = value - argument
-        if self.last is not None:
-            self.differences = [*self.differences[1 - HISTORY :], (step - self.last[0], value - self.last[1])]
-        self.last = step, value
-        if not self.differences:
+        step, flat = (value - argument).ravel(), value.ravel()
+        if self.count == 0:
+            self.steps, self.values = np.empty((HISTORY, flat.size)), np.empty((HISTORY, flat.size))
+        else:
+            row = self.count % HISTORY  # the oldest
+            self.steps[row], self.values[row] = step - self.last[0], flat - self.last[1]
+        self.last = step, flat
+        self.count += 1
+        known = slice(1, self.count) if self.count <= HISTORY else slice(None)
+        steps = self.steps[known]
+        if not len(steps):
             return value
-        gram = np.array([[np.vdot(a, b) for b, _ in self.differences] for a, _ in self.differences])
+        gram = steps @ steps.T
         # without a ridge two nearly parallel differences would be given huge opposite weights
         gram += (1e-4 * np.trace(gram) + np.finfo(float).tiny) * np.eye(len(gram))
-        weights = np.linalg.solve(gram, [np.vdot(a, step) for a, _ in self.differences])
-        for weight, (_, difference) in zip(weights, self.differences, strict=True):
-            value = value - weight * difference
-        return value
+        return value - (np.linalg.solve(gram, steps @ step) @ self.values[known]).reshape(value.shape)
 
 
 def tensor_power(tensor: np.ndarray, rank: int, *, iterations: int, tolerance: float) -> Fit:
@@ -529,7 +600,7 @@ def _smallest_within(
     total: float, product: np.ndarray, gram: np.ndarray, bound: float, factor: np.ndarray
 ) -> np.ndarray:
     """The factor of least norm whose squared relative error is within `bound`; `factor` where rounding leaves none."""
-    values, vectors = scipy.linalg.eigh(gram, check_finite=False)
+    values, vectors = np.linalg.eigh(gram)
     values = np.maximum(values, 0.0)
     rotated = product @ vectors
     energies = np.square(rotated).sum(axis=0) / total

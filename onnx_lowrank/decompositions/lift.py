@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lowrank.decompositions.matrix import is_pointwise
+from onnx_lowrank.decompositions.weighted import output_energy
 from onnx_lowrank.linalg import squared_norm
 from onnx_lowrank.types import (
     Chain,
@@ -53,14 +54,18 @@ def chains(decomposition: Decomposition, specs: Sequence[ConvSpec], rank: Rank) 
 
 
 def errors(
-    decomposition: Decomposition, specs: Sequence[ConvSpec], weights: Sequence[np.ndarray], ranks: Sequence[Rank]
+    decomposition: Decomposition,
+    specs: Sequence[ConvSpec],
+    weights: Sequence[np.ndarray],
+    ranks: Sequence[Rank],
+    statistics: Sequence[LayerStatistics] | None = None,
 ) -> np.ndarray:
     """Predicted squared relative error for each of `ranks`, over all groups."""
-    parts = list(_groups(specs, weights))
-    energy = np.array([sum(squared_norm(w) for w in part) for part in parts])
+    parts, seen = _groups(specs, weights), _group_statistics(specs, statistics)
+    energy = _energies(parts, seen)
     if energy.sum() == 0:
         return np.zeros(len(ranks))
-    each = np.array([decomposition.errors(part, ranks) for part in parts])
+    each = np.array([decomposition.errors(part, ranks, stats) for part, stats in zip(parts, seen, strict=True)])
     return energy @ each / energy.sum()
 
 
@@ -83,11 +88,16 @@ def factorize(
     statistics: Sequence[LayerStatistics] | None = None,
     *,
     rng: np.random.Generator,
+    start: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> Factorization:
     """Kernels for :func:`chains`, in float64."""
-    parts = list(_groups(specs, weights))
-    results = [decomposition.factorize(part, rank, statistics, rng=rng) for part in parts]
-    energy = np.array([sum(squared_norm(w) for w in part) for part in parts])
+    parts, seen = _groups(specs, weights), _group_statistics(specs, statistics)
+    begin = _group_starts(specs, start)
+    results = [
+        decomposition.factorize(part, rank, stats, rng=rng, start=kernels)
+        for part, stats, kernels in zip(parts, seen, begin, strict=True)
+    ]
+    energy = _energies(parts, seen)
     squared = np.square([result.relative_error for result in results])
     stacked = (
         [np.concatenate(blocks) if len(blocks) > 1 else blocks[0] for blocks in zip(*per_group, strict=True)]
@@ -106,6 +116,41 @@ def _groups(specs: Sequence[ConvSpec], weights: Sequence[np.ndarray]) -> list[li
     """For each group, the weight of each layer restricted to it."""
     group = specs[0].group
     return [list(part) for part in zip(*(np.split(weight, group) for weight in weights), strict=True)]
+
+
+def _group_statistics(
+    specs: Sequence[ConvSpec], statistics: Sequence[LayerStatistics] | None
+) -> list[list[LayerStatistics] | None]:
+    """For each group, what each layer's group sees; None for each where there are no statistics."""
+    group = specs[0].group
+    if statistics is None:
+        return [None] * group
+    return [[stats.of_group(index, group) for stats in statistics] for index in range(group)]
+
+
+def _group_starts(
+    specs: Sequence[ConvSpec], start: Sequence[Sequence[np.ndarray]] | None
+) -> Sequence[Sequence[Sequence[np.ndarray]] | None]:
+    """For each group, its part of the kernels to go on from."""
+    group = specs[0].group
+    if start is None:
+        return [None] * group
+    parts = [[np.split(np.asarray(kernel, dtype=np.float64), group) for kernel in kernels] for kernels in start]
+    return [[[kernel[index] for kernel in kernels] for kernels in parts] for index in range(group)]
+
+
+def _energies(parts: Sequence[Sequence[np.ndarray]], seen: Sequence[Sequence[LayerStatistics] | None]) -> np.ndarray:
+    """What relative errors of groups are weighted by: energy of the kernels, or of their outputs."""
+    return np.array([_energy(part, stats) for part, stats in zip(parts, seen, strict=True)])
+
+
+def _energy(weights: Sequence[np.ndarray], statistics: Sequence[LayerStatistics] | None) -> float:
+    if statistics is None:
+        return sum(squared_norm(weight) for weight in weights)
+    return sum(
+        output_energy(weight.reshape(len(weight), -1), stats.covariance)
+        for weight, stats in zip(weights, statistics, strict=True)
+    )
 
 
 def _lift_chain(spec: ConvSpec, chain: Chain) -> Chain:

@@ -35,6 +35,16 @@ class MatrixDecomposition(ABC):
     def tensorize(self, left: np.ndarray, right: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Kernels (first, second) from the factors of a kernel of `shape`."""
 
+    @abstractmethod
+    def weighted_errors(self, weight: np.ndarray, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
+        """Squared relative errors of the output, for patches of covariance `moment`."""
+
+    @abstractmethod
+    def weighted_fit(
+        self, weight: np.ndarray, moment: np.ndarray, rank: int, start: np.ndarray | None
+    ) -> Factorization:
+        """The fit of least output error; an iterative one goes on from the first stage's kernel `start`."""
+
     def max_rank(self, specs: Sequence[ConvSpec]) -> Rank:
         first, second = (stage.weight_shape for stage in self.stages(specs[0], 1))
         return (min(int(np.prod(first)), int(np.prod(second))),)
@@ -42,8 +52,16 @@ class MatrixDecomposition(ABC):
     def chain(self, specs: Sequence[ConvSpec], rank: Rank) -> tuple[Chain, ...]:
         return (tuple(Stage(stage) for stage in self.stages(specs[0], rank[0])),)
 
-    def errors(self, weights: Sequence[np.ndarray], ranks: Sequence[Rank]) -> np.ndarray:
-        return tail_energy(singular_values(self.matricize(weights[0])))[[rank[0] for rank in ranks]]
+    def errors(
+        self,
+        weights: Sequence[np.ndarray],
+        ranks: Sequence[Rank],
+        statistics: Sequence[LayerStatistics] | None = None,
+    ) -> np.ndarray:
+        picks = [rank[0] for rank in ranks]
+        if statistics is not None:
+            return self.weighted_errors(np.asarray(weights[0], np.float64), statistics[0].covariance, picks)
+        return tail_energy(singular_values(self.matricize(weights[0])))[picks]
 
     def estimate_rank(self, weights: Sequence[np.ndarray], estimator: Callable[[np.ndarray], int]) -> Rank:
         return (estimator(self.matricize(weights[0])),)
@@ -55,7 +73,11 @@ class MatrixDecomposition(ABC):
         statistics: Sequence[LayerStatistics] | None = None,
         *,
         rng: np.random.Generator,
+        start: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> Factorization:
+        if statistics is not None:
+            weight, moment = np.asarray(weights[0], np.float64), statistics[0].covariance
+            return self.weighted_fit(weight, moment, rank[0], None if start is None else start[0][0])
         matrix = self.matricize(weights[0])
         left, right = truncated_svd(matrix, rank[0])
         kernels = self.tensorize(left, right, weights[0].shape)

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lowrank.decompositions.channel_svd import fit_channels
 from onnx_lowrank.decompositions.matrix import is_pointwise, pointwise
-from onnx_lowrank.linalg import leading_basis, mode_dot, squared_norm, unfold
+from onnx_lowrank.decompositions.weighted import (
+    FURTHER,
+    LONG,
+    SHORT,
+    interpolated_errors,
+    output_energy,
+    output_spectrum,
+)
+from onnx_lowrank.linalg import fix_signs, leading_basis, mode_dot, squared_norm, unfold
 from onnx_lowrank.types import Chain, ConvSpec, Factorization, LayerStatistics, Rank, Stage
 
 
@@ -57,13 +66,20 @@ class Tucker2:
         core = spec.stage(r_out, r_in, range(spec.ndim))
         return ((Stage(spec.stage(r_in, inner)), Stage(core), Stage(spec.stage(out, r_out))),)
 
-    def errors(self, weights: Sequence[np.ndarray], ranks: Sequence[Rank]) -> np.ndarray:
+    def errors(
+        self,
+        weights: Sequence[np.ndarray],
+        ranks: Sequence[Rank],
+        statistics: Sequence[LayerStatistics] | None = None,
+    ) -> np.ndarray:
         """Error of the higher-order SVD, for all pairs at once: an upper bound that HOOI lowers a little.
 
         The bases of the full HOSVD are orthonormal, so the energy of a truncation is the energy of the
         corner of the core that it keeps: a two-dimensional cumulative sum.
         """
         weight = np.asarray(weights[0], dtype=np.float64)
+        if statistics is not None:
+            return self._weighted_errors(weight, statistics[0].covariance, ranks)
         core = weight
         for mode in (0, 1):
             core = mode_dot(core, leading_basis(unfold(weight, mode), weight.shape[mode]).T, mode)
@@ -83,9 +99,14 @@ class Tucker2:
         statistics: Sequence[LayerStatistics] | None = None,
         *,
         rng: np.random.Generator,
+        start: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> Factorization:
         weight = np.asarray(weights[0], dtype=np.float64)
         r_out, r_in = rank
+        if statistics is not None:
+            return self._weighted_fit(
+                weight, statistics[0].covariance, r_out, r_in, None if start is None else start[0][0]
+            )
         total = squared_norm(weight) or 1.0
         basis_in = leading_basis(unfold(weight, 1), r_in)
         previous, converged = np.inf, False
@@ -107,3 +128,34 @@ class Tucker2:
             converged,
             "" if converged else f"the error still fell after {self.iterations} sweeps: more of them, or a higher rank",
         )
+
+    def _weighted_errors(self, weight: np.ndarray, moment: np.ndarray, ranks: Sequence[Rank]) -> np.ndarray:
+        """Of the output: for some r_in the input stage is fitted, and the spectrum after it tells every r_out."""
+        target = weight.reshape(len(weight), -1)
+        total = output_energy(target, moment) or 1.0
+        tails: dict[int, np.ndarray] = {}
+
+        def fit(r_in: int) -> float:
+            stage, found = fit_channels(weight, moment, r_in, SHORT)
+            dense = mode_dot(found.outer.reshape(len(weight), r_in, *weight.shape[2:]), stage.T, 1)
+            energies = output_spectrum(dense.reshape(len(weight), -1), moment)
+            tails[r_in] = np.append(np.cumsum(energies[::-1])[::-1], 0.0) / total
+            return found.error
+
+        inner = interpolated_errors(fit, [r_in for _, r_in in ranks])
+        fitted = np.array(sorted(tails))
+        nearest = [int(fitted[np.abs(fitted - r_in).argmin()]) for _, r_in in ranks]
+        outer = [tails[near][min(r_out, len(weight))] for (r_out, _), near in zip(ranks, nearest, strict=True)]
+        return inner + np.array(outer)
+
+    def _weighted_fit(
+        self, weight: np.ndarray, moment: np.ndarray, r_out: int, r_in: int, start: np.ndarray | None
+    ) -> Factorization:
+        stage, fit = fit_channels(weight, moment, r_in, LONG if start is None else FURTHER, r_out, start)
+        ndim = weight.ndim - 2
+        # the restricted last factor has rank r_out: an orthonormal basis of its columns, and what goes before it
+        basis = np.linalg.svd(fit.outer, full_matrices=False)[0][:, :r_out]
+        last = np.zeros((len(weight), r_out))
+        last[:, : basis.shape[1]] = fix_signs(basis)
+        core = (last.T @ fit.outer).reshape(r_out, r_in, *weight.shape[2:])
+        return Factorization(((pointwise(stage, ndim), core, pointwise(last, ndim)),), float(np.sqrt(fit.error)))

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_lowrank.graph.constants import Constant, Constants
+from onnx_lowrank.graph.constants import Constants, add_initializer, drop_unread, lists_all
 from onnx_lowrank.graph.model import Model, attributes, readers, tensor_names
 
 
@@ -26,52 +26,57 @@ def fold_batchnorm(model: Model) -> int:
         How many were folded.
     """
     graph = model.graph
-    constants, count, taken = Constants(model), readers(graph), tensor_names(model.proto)
+    constants, count, taken = Constants(model), readers(model.proto), tensor_names(model.proto)
     producers = {out: node for node in graph.node for out in node.output}
+    listed = lists_all(model)
+    unread: list[str] = []
     folded = 0
-    for norm in [n for n in graph.node if n.op_type == "BatchNormalization" and n.domain in ("", "ai.onnx")]:
+    for norm in [n for n in graph.node if _in_inference(n, model.opset)]:
         conv = producers.get(norm.input[0])
-        if conv is None or conv.op_type not in ("Conv", "ConvTranspose") or count.get(norm.input[0]) != 1:
+        if conv is None or conv.op_type not in ("Conv", "ConvTranspose") or conv.domain not in ("", "ai.onnx"):
             continue
+        if len(conv.input) < 2:
+            continue
+        old_bias = next((name for name in conv.input[2:3] if name), None)
+        sources = [conv.input[1], *norm.input[1:], *([old_bias] if old_bias else [])]
+        values = [value for name in sources if (value := _value(constants, name)) is not None]
+        read_once = all(count[name] == 1 for name in [norm.input[0], *constants.chain(conv.input[1])])
+        if not read_once or len(values) < len(sources):
+            continue
+        weight, scale, shift, mean, variance, *bias = (value.astype(np.float64) for value in values)
         attrs = attributes(norm)
-        if len([o for o in norm.output if o]) != 1 or ("training_mode" in attrs and attrs["training_mode"].i):
-            continue
-        values = [constants.find(name) for name in norm.input[1:]]
-        kernel = _sole(constants, count, conv.input[1])
-        has_bias = len(conv.input) > 2 and bool(conv.input[2])
-        bias = constants.find(conv.input[2]) if has_bias else None
-        if kernel is None or any(v is None or v.overridable for v in values) or (has_bias and bias is None):
-            continue
-        scale, shift, mean, variance = (v.read().astype(np.float64) for v in values if v)
-        weight = kernel.read()
         factor = scale / np.sqrt(variance + (attrs["epsilon"].f if "epsilon" in attrs else 1e-5))
-        old_bias = bias.read().astype(np.float64) if bias else 0.0
-        scaled = _scale_outputs(weight.astype(np.float64), factor, conv)
-        for index, (value, stem) in enumerate(
-            [(scaled, conv.input[1]), ((old_bias - mean) * factor + shift, norm.output[0] + "_bias")], 1
-        ):
-            name = _fresh(f"{stem}_folded", taken)
-            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value.astype(weight.dtype)), name))
-            if model.proto.ir_version < 4:
-                graph.input.append(
-                    onnx.helper.make_tensor_value_info(name, graph.initializer[-1].data_type, value.shape)
-                )
-            if index < len(conv.input):
-                conv.input[index] = name
-            else:
-                conv.input.append(name)
+        with np.errstate(over="ignore"):
+            kernel = _scale_outputs(weight, factor, conv).astype(values[0].dtype)
+            addend = (((bias[0] if bias else 0.0) - mean) * factor + shift).astype(values[0].dtype)
+        if not (np.isfinite(kernel).all() and np.isfinite(addend).all()):
+            continue  # it does not fit half precision
+        names = [_fresh(f"{stem}_folded", taken) for stem in (conv.input[1], f"{norm.output[0]}_bias")]
+        for name, value in zip(names, (kernel, addend), strict=True):
+            add_initializer(model, numpy_helper.from_array(np.ascontiguousarray(value), name), listed=listed)
+        unread += [*sources, conv.output[0]]
+        conv.input[1:] = names
         conv.output[0] = norm.output[0]
         graph.node.remove(norm)
         folded += 1
-    if folded:
-        _drop_unread_initializers(graph, count)
+    drop_unread(model, unread)
     return folded
 
 
-def _sole(constants: Constants, count: dict[str, int], name: str) -> Constant | None:
-    """The kernel, where it is a plain stored tensor with one reader."""
+def _in_inference(node: onnx.NodeProto, opset: int) -> bool:
+    """Whether a node is a BatchNormalization that normalises each channel by stored statistics."""
+    if node.op_type != "BatchNormalization" or node.domain not in ("", "ai.onnx") or opset < 7 or len(node.input) != 5:
+        return False
+    attrs = attributes(node)
+    training = "training_mode" in attrs and attrs["training_mode"].i
+    by_element = "spatial" in attrs and not attrs["spatial"].i  # before opset 9
+    return len([output for output in node.output if output]) == 1 and not training and not by_element
+
+
+def _value(constants: Constants, name: str) -> np.ndarray | None:
+    """The constant called `name`; None where there is none, or a user may feed another."""
     constant = constants.find(name)
-    return constant if constant and constant.root == name and not constant.overridable and count[name] == 1 else None
+    return constant.read() if constant and not constant.overridable and not constant.quantized else None
 
 
 def _scale_outputs(weight: np.ndarray, factor: np.ndarray, conv: onnx.NodeProto) -> np.ndarray:
@@ -89,12 +94,3 @@ def _fresh(stem: str, taken: set[str]) -> str:
         name, number = f"{stem}_{number}", number + 1
     taken.add(name)
     return name
-
-
-def _drop_unread_initializers(graph: onnx.GraphProto, before: dict[str, int]) -> None:
-    """Remove what was read before the folding and is not any more."""
-    now = readers(graph)
-    for values in (graph.initializer, graph.input, graph.value_info):
-        gone = [i for i, v in enumerate(values) if v.name in before and v.name not in now]
-        for index in reversed(gone):
-            del values[index]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 
 from onnx_lowrank.graph.constants import Constant, Constants
-from onnx_lowrank.graph.model import Model, all_graphs, attributes, readers
+from onnx_lowrank.graph.model import Model, all_graphs, attributes, readers, subgraphs
 from onnx_lowrank.graph.shapes import Shapes
 from onnx_lowrank.types import ConvSpec, Cost, Layer, LowRankError, Skip
 
@@ -91,8 +91,9 @@ def find_layers(model: Model, shapes: Shapes) -> Found:
         if node.op_type in OTHERS:
             if any(constants.find(i) for i in node.input[1:] if i):
                 skips.append(Skip(name, node.op_type, OTHERS[node.op_type]))
-        elif node.op_type in SUPPORTED and node.domain in ("", "ai.onnx"):
+        elif _is_supported(node):
             try:
+                _check_form(model, node)
                 weight_input = _weight_input(node, constants)
                 layers.append(_BUILDERS[node.op_type](node, name, weight_input, constants, shapes))
                 places[name] = Place(position, weight_input)
@@ -103,12 +104,24 @@ def find_layers(model: Model, shapes: Shapes) -> Found:
 
 
 def _unique(node: onnx.NodeProto, taken: set[str]) -> str:
-    """The node's name, or that of its first output, which the format makes unique."""
-    name = node.name
-    if not name or name in taken:
-        name = next((o for o in node.output if o), "") or f"{node.op_type}_{len(taken)}"
+    """The node's name, or that of its first output where it has none of its own, with a number where that is taken."""
+    stem = node.name if node.name and node.name not in taken else _label(node)
+    name, number = stem, 1
+    while name in taken:
+        name, number = f"{stem}_{number}", number + 1
     taken.add(name)
     return name
+
+
+def _label(node: onnx.NodeProto) -> str:
+    return next((output for output in node.output if output), node.op_type)
+
+
+def _check_form(model: Model, node: onnx.NodeProto) -> None:
+    if len(node.input) < 2 or not node.output:
+        raise _Refusal("it has too few inputs or outputs: the model is damaged")
+    if node.op_type == "Gemm" and model.opset < 7:
+        raise _Refusal("Gemm before opset 7 has a form of its own: convert the model to opset 7 or later")
 
 
 def _inside(model: Model) -> list[Skip]:
@@ -117,8 +130,20 @@ def _inside(model: Model) -> list[Skip]:
     for graph in list(all_graphs(model.graph))[1:]:
         found += [(n, "inside the body of an If, Loop or Scan: how often it runs is not known") for n in graph.node]
     for function in model.proto.functions:
-        found += [(n, f"inside the function {function.name}: inline it first") for n in function.node]
-    return [Skip(n.name or n.output[0], n.op_type, why) for n, why in found if n.op_type in SUPPORTED]
+        found += [(n, f"inside the function {function.name}: inline it first") for n in _nodes(function.node)]
+    return [Skip(n.name or _label(n), n.op_type, why) for n, why in found if _is_supported(n)]
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """`nodes` and those in their bodies."""
+    for node in nodes:
+        yield node
+        for graph in subgraphs(node):
+            yield from _nodes(graph.node)
+
+
+def _is_supported(node: onnx.NodeProto) -> bool:
+    return node.op_type in SUPPORTED and node.domain in ("", "ai.onnx")
 
 
 def _weight(constants: Constants, name: str) -> tuple[Constant, np.ndarray]:
@@ -142,8 +167,9 @@ def _weight(constants: Constants, name: str) -> tuple[Constant, np.ndarray]:
     return constant, value
 
 
-def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
-    if name not in shapes:
+def _shape(shapes: Shapes, name: str, least: int) -> tuple[int, ...]:
+    """The shape of an input, which has at least `least` axes; that of one of unknown rank may have been taken as ()."""
+    if len(shapes.get(name, ())) < least:
         raise _Refusal("the size of its input is not known: give --input-shape")
     return shapes[name]
 
@@ -168,8 +194,11 @@ def _conv(node: onnx.NodeProto, name: str, side: int, constants: Constants, shap
     auto_pad = attrs["auto_pad"].s.decode() if "auto_pad" in attrs else "NOTSET"
     group = attrs["group"].i if "group" in attrs else 1
     transposed = node.op_type == "ConvTranspose"
+    lengths = {len(values) for values in (strides, dilations, output_padding)} | {len(pads) / 2}
+    if not lengths <= {0, weight.ndim - 2} or group < 1 or weight.shape[0] % group or 0 in (*strides, *dilations):
+        raise _Refusal("its attributes do not fit its kernel: the model is damaged")
     spec = ConvSpec(weight.shape, strides, pads, dilations, group, auto_pad, transposed, output_padding)
-    batch, _, *size = _shape(shapes, node.input[0])
+    batch, _, *size = _shape(shapes, node.input[0], weight.ndim)
     return Layer(
         name, node.op_type, spec, constant.read, weight.dtype, tuple(size), batch, constant.root, bias=_has_bias(node)
     )
@@ -183,12 +212,11 @@ def _gemm(node: onnx.NodeProto, name: str, side: int, constants: Constants, shap
     if side == 0:
         raise _Refusal("its first input is the weight: only a MatMul is decomposed in this form")
     constant, weight = _weight(constants, node.input[side])
+    if weight.ndim != 2:
+        raise _Refusal(f"its weight has {weight.ndim} axes: 2 were expected")
     attrs = attributes(node)
-    if "broadcast" in attrs:
-        raise _Refusal("Gemm before opset 7 has a form of its own: convert the model to opset 7 or later")
-    stored_as_out_in = "transB" in attrs and bool(attrs["transB"].i)
-    read, spec = _matrix(constant.read, weight.shape, transpose=not stored_as_out_in)
-    rows = _shape(shapes, node.input[0])[-1 if "transA" in attrs and attrs["transA"].i else 0]
+    read, spec = _matrix(constant.read, weight.shape, transpose=_reads_in_out(node, side))
+    rows = _shape(shapes, node.input[0], 2)[-1 if "transA" in attrs and attrs["transA"].i else 0]
     return Layer(name, "Gemm", spec, read, weight.dtype, (), rows, constant.root, bias=_has_bias(node))
 
 
@@ -197,9 +225,10 @@ def _matmul(node: onnx.NodeProto, name: str, side: int, constants: Constants, sh
     if constants.find(node.input[1 - side]):
         raise _Refusal("both of its inputs are constant")
     if weight.ndim != 2:
-        raise _Refusal(f"its weight has {weight.ndim} axes, one matrix for each batch: 2 were expected")
-    read, spec = _matrix(constant.read, weight.shape, transpose=side == 1)
-    shape = _shape(shapes, node.input[1 - side])
+        what = "a vector has nothing to factorise" if weight.ndim < 2 else "one matrix for each batch"
+        raise _Refusal(f"its weight has {weight.ndim} axes ({what}): 2 were expected")
+    read, spec = _matrix(constant.read, weight.shape, transpose=_reads_in_out(node, side))
+    shape = _shape(shapes, node.input[1 - side], 1)
     if side == 1 or len(shape) == 1:
         rows = math.prod(shape[:-1])  # (..., M, K) @ (K, N)
     else:
@@ -216,6 +245,14 @@ def _matrix(
     return read, ConvSpec(shape)
 
 
+def _reads_in_out(node: onnx.NodeProto, side: int) -> bool:
+    """Whether a product reads its stored matrix as (in, out), and not as (out, in) like a kernel."""
+    if node.op_type == "MatMul":
+        return side == 1
+    attrs = attributes(node)
+    return node.op_type == "Gemm" and not ("transB" in attrs and attrs["transB"].i)
+
+
 _BUILDERS = {"Conv": _conv, "ConvTranspose": _conv, "Gemm": _gemm, "MatMul": _matmul}
 
 
@@ -223,7 +260,7 @@ def _mark_shared(
     model: Model, constants: Constants, layers: list[Layer], places: Mapping[str, Place]
 ) -> tuple[Layer, ...]:
     """Say of each layer whether its stored kernel stays when the layers that read it are decomposed alike."""
-    count = readers(model.graph)
+    count = readers(model.proto)
     forms: dict[str, set[object]] = {}
     kept: set[str] = set()
     for layer in layers:
@@ -231,12 +268,18 @@ def _mark_shared(
         node = model.graph.node[place.position]
         names = constants.chain(node.input[place.weight_input])
         # layers that read a kernel in the same form become the same chain; read in two forms, it stays
-        forms.setdefault(root, set()).add((*names, layer.spec.weight_shape, layer.spec.transposed, layer.spec.group))
+        forms.setdefault(root, set()).add((*names, _form(layer.spec), _reads_in_out(node, place.weight_input)))
         alike = sum(1 for other in layers if other.weight_name == root)
         if count[names[0]] > alike or any(count[name] > 1 for name in names[1:]):
             kept.add(root)
     kept.update(root for root, seen in forms.items() if len(seen) > 1)
     return tuple(replace(layer, weight_kept=layer.weight_name in kept) for layer in layers)
+
+
+def _form(spec: ConvSpec) -> object:
+    """What the kernels of a chain depend on: see :func:`onnx_lowrank.decompositions.lift.chains`."""
+    # a stage of a transposed convolution is a plain one or not, by its strides and pads
+    return spec if spec.transposed else (spec.weight_shape, spec.group)
 
 
 def model_cost(model: Model, shapes: Shapes) -> tuple[Cost, tuple[str, ...]]:
@@ -247,12 +290,12 @@ def model_cost(model: Model, shapes: Shapes) -> tuple[Cost, tuple[str, ...]]:
     """
     macs, unknown = 0, []
     for node in model.graph.node:
-        if node.op_type not in SUPPORTED or node.domain not in ("", "ai.onnx"):
+        if not _is_supported(node):
             continue
         try:
             macs += _node_macs(node, shapes)
-        except KeyError:
-            unknown.append(node.name or node.output[0])
+        except (KeyError, IndexError):  # a size that is not known, or an input that is not there
+            unknown.append(node.name or _label(node))
     return Cost(macs, _stored_elements(model)), tuple(unknown)
 
 
@@ -268,16 +311,16 @@ def _node_macs(node: onnx.NodeProto, shapes: Shapes) -> int:
 
 def sized_tensors(model: Model) -> list[str]:
     """Names of the tensors whose shapes :func:`model_cost` and :func:`find_layers` need."""
-    nodes = [n for n in model.graph.node if n.op_type in SUPPORTED]
-    return sorted({t for n in nodes for t in [*n.input[:2], n.output[0]] if t})
+    nodes = [n for n in model.graph.node if _is_supported(n)]
+    return sorted({t for n in nodes for t in [*n.input[:2], *n.output[:1]] if t})
 
 
 def _stored_elements(model: Model) -> int:
+    """Elements of stored tensors; sparse ones count whole, since runtimes make them dense."""
     total = 0
     for graph in all_graphs(model.graph):
-        total += sum(math.prod(t.dims) for t in graph.initializer)
-        total += sum(math.prod(t.values.dims) for t in graph.sparse_initializer)
-        total += sum(
-            math.prod(a.t.dims) for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"
-        )
+        total += sum(math.prod(t.dims) for t in [*graph.initializer, *graph.sparse_initializer])
+        for value in (a for node in graph.node if node.op_type == "Constant" for a in node.attribute):
+            total += math.prod(value.t.dims) if value.name == "value" else len(value.floats)
+            total += math.prod(value.sparse_tensor.dims) if value.name == "sparse_value" else 0
     return total

@@ -47,6 +47,7 @@ def build_island(
     dtype: np.dtype,
     naming: Naming,
     opset: int,
+    bias: np.ndarray | None = None,
 ) -> Island:
     """The replacement of `node` by `chain`.
 
@@ -62,6 +63,8 @@ def build_island(
         Of the kernel replaced: what the new ones are stored in.
     naming, opset
         Names of what is new, and the operator set of the model.
+    bias
+        In the place of the node's own; None keeps that.
 
     Raises
     ------
@@ -69,6 +72,7 @@ def build_island(
         Where a kernel overflows `dtype`.
     """
     graph = gs.Graph(opset=opset)
+    node = node if bias is None else _with_bias(node, bias_of(naming))
     stored = [_stored(kernel, dtype) for kernel in kernels]
     tensors = [gs.Variable(node.input[1 - weight_input])]
     tensors += [gs.Variable(name) for name in (*naming.tensors, node.output[0])]
@@ -80,7 +84,26 @@ def build_island(
         add(graph, node, stage.spec, _Step(source, target, kernel, kernel_name, name, weight_input, index == 0, last))
     graph.inputs, graph.outputs = [tensors[0]], [tensors[-1]]
     proto = gs.export_onnx(graph, do_type_check=False)
-    return Island(tuple(proto.graph.node), tuple(_cast(t, dtype) for t in proto.graph.initializer))
+    initializers = [_cast(tensor, dtype) for tensor in proto.graph.initializer]
+    if bias is not None:
+        initializers.append(numpy_helper.from_array(bias.astype(dtype), bias_of(naming)))
+    return Island(tuple(proto.graph.node), tuple(initializers))
+
+
+def bias_of(naming: Naming) -> str:
+    """Name of a bias that comes with the kernels of a chain: a kernel may be shared, but no tensor between two stages."""
+    return f"{naming.tensors[-1]}_bias"
+
+
+def _with_bias(node: onnx.NodeProto, name: str) -> onnx.NodeProto:
+    """The node with another bias, which a Gemm adds as it is: its `beta` is in it already."""
+    changed = onnx.NodeProto()
+    changed.CopyFrom(node)
+    del changed.input[2:]
+    changed.input.append(name)
+    for index in reversed([i for i, a in enumerate(changed.attribute) if a.name == "beta"]):
+        del changed.attribute[index]
+    return changed
 
 
 @dataclass(frozen=True)
@@ -142,11 +165,16 @@ def _matmul(graph: gs.Graph, node: onnx.NodeProto, spec: ConvSpec, step: _Step) 
     graph.layer(op="MatMul", name=step.name, inputs=inputs, outputs=[step.target])
 
 
+def zero_of(kernel: str) -> str:
+    """Name of the addend of a Gemm that adds nothing, by its kernel's."""
+    return f"{kernel}_zero"
+
+
 def _gemm(graph: gs.Graph, node: onnx.NodeProto, spec: ConvSpec, step: _Step) -> None:
     """transA belongs to the first product, alpha, beta and C to the last; transB stays as it was stored."""
     attrs = attributes(node)
     trans_b = bool("transB" in attrs and attrs["transB"].i)
-    kept = {key: attrs[key].f for key in ("alpha", "beta") if step.last and key in attrs}
+    kept: dict[str, float] = {key: attrs[key].f for key in ("alpha", "beta") if step.last and key in attrs}
     source = step.source
     if step.first and "transA" in attrs and attrs["transA"].i:
         kept["transA"] = 1
@@ -156,7 +184,7 @@ def _gemm(graph: gs.Graph, node: onnx.NodeProto, spec: ConvSpec, step: _Step) ->
         return
     bias = _bias(node, step)
     if not bias and graph.opset < 11:  # C became optional in opset 11; a zero broadcasts from opset 7
-        bias = [gs.Constant(step.kernel_name + "_zero", np.zeros(1, step.kernel.dtype))]
+        bias = [gs.Constant(zero_of(step.kernel_name), np.zeros(1, step.kernel.dtype))]
     graph.layer(
         op="Gemm",
         name=step.name,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -18,11 +20,24 @@ MAX_PROTO_BYTES = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class Model:
-    """A ModelProto and the folder that its external data is relative to."""
+    """A ModelProto and where it comes from.
+
+    Parameters
+    ----------
+    proto
+        The model.
+    folder
+        What the places of its external data are relative to.
+    path
+        The file that it was read from.
+    data_files
+        Files of external data that it was loaded with, whether or not it still refers to them.
+    """
 
     proto: onnx.ModelProto
     folder: Path
     path: Path | None = None
+    data_files: frozenset[Path] = frozenset()
 
     @property
     def graph(self) -> onnx.GraphProto:
@@ -34,7 +49,10 @@ class Model:
         return next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), 1)
 
     def copy(self, *, without: Container[str] = ()) -> Model:
-        """A copy whose graph may be changed, leaving out the initializers called `without`, which may be large."""
+        """A copy whose graph may be changed, leaving out the initializers called `without`, which may be large.
+
+        They are left out of the list of inputs too.
+        """
         proto = onnx.ModelProto()
         if not without or UnknownFieldSet(self.proto) or UnknownFieldSet(self.graph):
             proto.CopyFrom(self.proto)
@@ -42,17 +60,19 @@ class Model:
             _copy_fields(self.proto, proto, leave="graph")
             _copy_fields(self.graph, proto.graph, leave="initializer")
             proto.graph.initializer.extend(t for t in self.graph.initializer if t.name not in without)
-        return Model(proto, self.folder, self.path)
+            del proto.graph.input[:]
+            proto.graph.input.extend(value for value in self.graph.input if value.name not in without)
+        return replace(self, proto=proto)
 
 
 def _copy_fields(source: Message, target: Message, *, leave: str) -> None:
     for descriptor, value in source.ListFields():
         if descriptor.name == leave:
             continue
-        if descriptor.is_repeated:
-            getattr(target, descriptor.name).MergeFrom(value)
-        elif descriptor.message_type:
+        if isinstance(value, Message):
             getattr(target, descriptor.name).CopyFrom(value)
+        elif hasattr(value, "MergeFrom"):  # a repeated field
+            getattr(target, descriptor.name).MergeFrom(value)
         else:
             setattr(target, descriptor.name, value)
 
@@ -66,7 +86,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
         Where the file is missing, empty or not an ONNX model.
     """
     if isinstance(source, onnx.ModelProto):
-        return _checked(Model(source, Path.cwd()), "the model given")
+        return _checked(source, Path.cwd(), None)
     path = Path(source)
     if path.is_dir():
         raise LowRankError(f"{path} is a folder: the path of an .onnx file was expected")
@@ -85,16 +105,34 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
         raise LowRankError(
             f"{path} is not an ONNX model, or is cut short or damaged: export or download it again"
         ) from error
-    return _checked(Model(proto, path.resolve().parent, path), str(path))
+    # not resolved: where the path is a link, its data lies beside the link, as for ONNX Runtime
+    return _checked(proto, path.absolute().parent, path)
 
 
-def _checked(model: Model, what: str) -> Model:
-    graph = model.graph
-    if not model.proto.ir_version or not graph.output or not (graph.node or graph.input or graph.initializer):
+def _checked(proto: onnx.ModelProto, folder: Path, path: Path | None) -> Model:
+    graph, version = proto.graph, proto.ir_version
+    # the operator sets come after the graph in a file, so that one cut short may lack nothing else
+    whole = version and graph.output and (proto.opset_import or version < 3)
+    if not whole or not (graph.node or graph.input or graph.initializer):
         raise LowRankError(
-            f"{what} is not a whole ONNX model (no version, graph or outputs): export or download it again"
+            f"{path or 'the model given'} is not a whole ONNX model (no version, operator set, graph or outputs): "
+            f"export or download it again"
         )
-    return model
+    if any(isinstance(text, bytes) for text in _texts(proto)):
+        raise LowRankError(f"{path or 'the model given'} is damaged: a name in it is not UTF-8 text; export it again")
+    places = {entry.value for t in stored_tensors(proto) for entry in t.external_data if entry.key == "location"}
+    return Model(proto, folder, path, frozenset(Path(os.path.realpath(folder / place)) for place in places))
+
+
+def _texts(proto: onnx.ModelProto) -> Iterator[object]:
+    """Names and descriptions (among other fields); protobuf reads one that is not UTF-8 as bytes, and writes none."""
+    graphs, nodes = everything(proto)
+    yield from tensor_names(proto)
+    for message in (proto, *proto.opset_import, *graphs, *nodes):
+        yield from (value for _, value in message.ListFields())
+    yield from (attribute.name for node in nodes for attribute in node.attribute)
+    yield from (entry.value for tensor in stored_tensors(proto) for entry in tensor.external_data)
+    yield from (dim.dim_param for value in proto.graph.input for dim in value.type.tensor_type.shape.dim)
 
 
 def serialize(model: Model) -> bytes:
@@ -133,24 +171,54 @@ def attributes(node: onnx.NodeProto) -> dict[str, onnx.AttributeProto]:
     return {a.name: a for a in node.attribute}
 
 
-def readers(graph: onnx.GraphProto) -> dict[str, int]:
-    """How often each tensor is read: by nodes of every scope and as an output of a graph."""
-    count: dict[str, int] = {}
-    for scope in all_graphs(graph):
-        for name in [*(i for node in scope.node for i in node.input), *(o.name for o in scope.output)]:
-            count[name] = count.get(name, 0) + 1
-    return count
+def scopes(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """Every graph that sees the stored tensors of the main one: itself, what it holds, and those of training."""
+    yield from all_graphs(proto.graph)
+    for training in proto.training_info:
+        yield from all_graphs(training.initialization)
+        yield from all_graphs(training.algorithm)
+
+
+def readers(proto: onnx.ModelProto) -> dict[str, int]:
+    """How often each tensor is read: by nodes of every scope, as an output of a graph, and by training."""
+    names: list[str] = []
+    for scope in scopes(proto):
+        names += [i for node in scope.node for i in node.input]
+        names += [output.name for output in scope.output]
+    for training in proto.training_info:
+        names += [binding.key for binding in [*training.initialization_binding, *training.update_binding]]
+    return Counter(names)
+
+
+def everything(proto: onnx.ModelProto) -> tuple[list[onnx.GraphProto], list[onnx.NodeProto]]:
+    """Every graph and every node, those of functions too."""
+    graphs = list(scopes(proto))
+    nodes = [node for function in proto.functions for node in function.node]
+    graphs += [graph for node in nodes for inner in subgraphs(node) for graph in all_graphs(inner)]
+    return graphs, [*nodes, *(node for graph in graphs for node in graph.node)]
+
+
+def stored_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor whose value is in the model: initializers and attributes, wherever they are."""
+    graphs, nodes = everything(proto)
+    sparse = [tensor for graph in graphs for tensor in graph.sparse_initializer]
+    for graph in graphs:
+        yield from graph.initializer
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        yield from (*([attribute.t] if attribute.HasField("t") else ()), *attribute.tensors)
+        sparse += [
+            *([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else ()),
+            *attribute.sparse_tensors,
+        ]
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)
 
 
 def tensor_names(proto: onnx.ModelProto) -> set[str]:
     """Every name of a tensor or a node, in every scope: what a new name must differ from."""
-    names: set[str] = set()
-    for graph in all_graphs(proto.graph):
+    graphs, nodes = everything(proto)
+    names = {name for function in proto.functions for name in function.input}
+    for graph in graphs:
         names.update(v.name for v in [*graph.input, *graph.output, *graph.value_info, *graph.initializer])
         names.update(t.values.name for t in graph.sparse_initializer)
-        for node in graph.node:
-            names.update([node.name, *node.input, *node.output])
-    for function in proto.functions:
-        names.update(function.input)
-        names.update(n for node in function.node for n in [node.name, *node.input, *node.output])
-    return names
+    return names.union(*([node.name, *node.input, *node.output] for node in nodes))

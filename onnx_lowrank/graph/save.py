@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import onnx
 from onnx.external_data_helper import uses_external_data
 
-from onnx_lowrank.graph.constants import external_place, read_tensor
-from onnx_lowrank.graph.model import MAX_PROTO_BYTES, Model, all_graphs, serialize
+from onnx_lowrank.graph.constants import read_external, read_tensor, stored_bytes
+from onnx_lowrank.graph.model import MAX_PROTO_BYTES, Model, all_graphs, serialize, stored_tensors
 from onnx_lowrank.types import LowRankError
 
 EXTERNAL_FROM = 1024
@@ -51,32 +49,33 @@ def save(model: Model, path: str | Path) -> None:
     Raises
     ------
     LowRankError
-        As :func:`check_destination`.
+        As :func:`check_destination`; where a file of the model that was given would be overwritten; where the
+        disk is full or fails.
     """
     path = Path(path)
     check_destination(path, model.path)
-    tensors = [t for graph in all_graphs(model.graph) for t in graph.initializer]
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-        part = Path(scratch) / path.name
-        if any(map(uses_external_data, tensors)) or sum(map(_stored_bytes, tensors)) > MAX_PROTO_BYTES - MARGIN:
-            data = path.with_name(path.name + ".data")
-            _check_data_file(data, model, tensors)
-            _write(part, serialize(_externalized(model, Path(scratch) / data.name)))
-            os.replace(Path(scratch) / data.name, data)
-        else:
-            _write(part, serialize(model))
-        os.replace(part, path)
+    _check_data_file(path, model)
+    sizes = [stored_bytes(tensor) for graph in all_graphs(model.graph) for tensor in graph.initializer]
+    external = any(map(uses_external_data, stored_tensors(model.proto))) or sum(sizes) > MAX_PROTO_BYTES - MARGIN
+    data = path.with_name(path.name + ".data")
+    if external:
+        _check_data_file(data, model)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+            part, data_part = Path(scratch) / path.name, Path(scratch) / data.name
+            if external:
+                _write(part, serialize(_externalized(model, data_part)))
+                _replace_both(data_part, data, part, path)
+            else:
+                _write(part, serialize(model))
+                os.replace(part, path)
+    except OSError as error:
+        raise LowRankError(f"{path} cannot be written ({error.strerror or error}): nothing was changed") from error
 
 
-def _stored_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor, from its shape: reading its data would copy it."""
-    return math.prod(tensor.dims) * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
-
-
-def _check_data_file(data: Path, model: Model, tensors: list[onnx.TensorProto]) -> None:
-    sources = {external_place(t, model.folder)[0] for t in tensors if uses_external_data(t)}
-    if data.exists() and data.resolve() in sources:
-        raise LowRankError(f"{data} holds the weights of the model that was given: choose another name for the result")
+def _check_data_file(path: Path, model: Model) -> None:
+    if Path(os.path.realpath(path)) in model.data_files:
+        raise LowRankError(f"{path} holds the weights of the model that was given: choose another name for the result")
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -86,26 +85,57 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def _replace_both(data_part: Path, data: Path, part: Path, path: Path) -> None:
+    """Rename both, or neither: a model with the data of another is worth nothing."""
+    before = data_part.with_name("before")
+    if data.exists():
+        os.replace(data, before)
+    try:
+        os.replace(data_part, data)
+        os.replace(part, path)
+    except BaseException:
+        data.unlink(missing_ok=True)
+        if before.exists():
+            before.rename(data)
+        raise
+
+
 def _externalized(model: Model, data: Path) -> Model:
     """A copy of `model` whose large tensors are in the file `data`, written tensor by tensor."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model.proto)
     with open(data, "wb") as file:
-        for graph in all_graphs(bare.graph):
-            for tensor in graph.initializer:
-                if not uses_external_data(tensor) and _stored_bytes(tensor) < EXTERNAL_FROM:
-                    continue
-                value = read_tensor(tensor, model.folder)
-                raw = onnx.numpy_helper.from_array(value).raw_data
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                offset = file.tell()
-                file.write(raw)
-                for field in ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data"):
-                    tensor.ClearField(field)
-                del tensor.external_data[:]
-                tensor.data_location = onnx.TensorProto.EXTERNAL
-                for key, text in (("location", data.name), ("offset", offset), ("length", len(raw))):
-                    tensor.external_data.add(key=key, value=str(text))
+        for tensor in _for_data_file(bare):
+            raw = _raw(tensor, model.folder)
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            offset = file.tell()
+            file.write(raw)
+            for field in ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data"):
+                tensor.ClearField(field)
+            del tensor.external_data[:]
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, text in (("location", data.name), ("offset", offset), ("length", len(raw))):
+                tensor.external_data.add(key=key, value=str(text))
         file.flush()
         os.fsync(file.fileno())
     return Model(bare, data.parent)
+
+
+def _for_data_file(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Tensors that are external already, and large initializers. Those of strings have no raw data."""
+    found = [tensor for tensor in stored_tensors(proto) if uses_external_data(tensor)]
+    for tensor in (tensor for graph in all_graphs(proto.graph) for tensor in graph.initializer):
+        fits = tensor.data_type != onnx.TensorProto.STRING and stored_bytes(tensor) >= EXTERNAL_FROM
+        if fits and not uses_external_data(tensor):
+            found.append(tensor)
+    return found
+
+
+def _raw(tensor: onnx.TensorProto, folder: Path) -> bytes:
+    if uses_external_data(tensor):
+        return read_external(tensor, folder)
+    return (
+        tensor.raw_data
+        if tensor.HasField("raw_data")
+        else onnx.numpy_helper.from_array(read_tensor(tensor, folder)).raw_data
+    )

@@ -39,7 +39,11 @@ def _input(value: onnx.ValueInfoProto) -> InputSpec:
     sizes = tuple(
         d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None for d in tensor.shape.dim
     )
-    return InputSpec(value.name, sizes, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    except KeyError as error:
+        raise LowRankError(f"input '{value.name}' has a type of number {error}, which ONNX does not have") from error
+    return InputSpec(value.name, sizes, dtype)
 
 
 def sample_shapes(inputs: Sequence[InputSpec], given: Mapping[str, Sequence[int]]) -> tuple[Shapes, tuple[str, ...]]:
@@ -54,22 +58,27 @@ def sample_shapes(inputs: Sequence[InputSpec], given: Mapping[str, Sequence[int]
     for name, shape in given.items():
         if name not in known:
             raise LowRankError(f"input shape given for '{name}': the model's inputs are {', '.join(known) or 'none'}")
-        fixed = known[name].shape
+        fixed = known[name].shape or (None,) * len(shape)  # no axes: a scalar, or of a rank that is not said
         if len(fixed) != len(shape) or any(isinstance(f, int) and f != s for f, s in zip(fixed, shape, strict=True)):
             raise LowRankError(f"input shape {_text(shape)} given for '{name}': the model expects {_text(fixed)}")
-    shapes, notes = {}, []
+    shapes: Shapes = {i.name: tuple(given[i.name]) for i in inputs if i.name in given}
+    # an axis of the same name has the same size wherever it occurs
+    named = {s: n for i in inputs for s, n in zip(i.shape, shapes.get(i.name, ()), strict=False) if isinstance(s, str)}
+    notes = []
     for item in inputs:
         if item.name in given:
-            shapes[item.name] = tuple(given[item.name])
             continue
         guess = [_assumed(axis, len(item.shape)) for axis in range(len(item.shape))]
-        shapes[item.name] = tuple(s if isinstance(s, int) else g for s, g in zip(item.shape, guess, strict=True))
+        shapes[item.name] = tuple(
+            s if isinstance(s, int) else g if s is None else named.setdefault(s, g)
+            for s, g in zip(item.shape, guess, strict=True)
+        )
         if any(not isinstance(s, int) for s in item.shape[1:]):
             notes.append(
                 f"input '{item.name}' has unknown sizes {_text(item.shape)}, taken as {_text(shapes[item.name])}: "
                 f"give --input-shape {item.name}:{','.join(map(str, shapes[item.name]))} with yours"
             )
-    return shapes, tuple(notes)
+    return {item.name: shapes[item.name] for item in inputs}, tuple(notes)
 
 
 def _assumed(axis: int, ndim: int) -> int:
@@ -89,6 +98,7 @@ def infer(model: Model, inputs: Shapes) -> Shapes:
     """
     source = model.graph
     stored = {t.name: t for t in source.initializer}
+    sparse = {t.values.name: t for t in source.sparse_initializer}
     graph = onnx.GraphProto(name=source.name or "graph", node=source.node)
     for value in source.input:
         if value.name not in stored:
@@ -100,6 +110,8 @@ def infer(model: Model, inputs: Shapes) -> Shapes:
             graph.initializer.append(tensor)
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    for name, tensor in sparse.items():
+        graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.values.data_type, tensor.dims))
     graph.output.extend(onnx.ValueInfoProto(name=o.name, type=_unshaped(o.type)) for o in source.output)
     bare = onnx.ModelProto(
         # inputs with an initializer of their own are allowed from version 4 of the format
@@ -112,7 +124,7 @@ def infer(model: Model, inputs: Shapes) -> Shapes:
         inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
     except Exception:  # the C++ side raises a type of its own for an operator it does not know
         inferred = graph
-    shapes: Shapes = {t.name: tuple(t.dims) for t in stored.values()} | dict(inputs)
+    shapes: Shapes = {name: tuple(t.dims) for name, t in (stored | sparse).items()} | dict(inputs)
     for value in [*inferred.value_info, *inferred.output]:
         dims = value.type.tensor_type.shape.dim
         if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
@@ -122,8 +134,9 @@ def infer(model: Model, inputs: Shapes) -> Shapes:
 
 def _set_shape(value: onnx.ValueInfoProto, shape: Sequence[int]) -> None:
     dims = value.type.tensor_type.shape.dim
-    for dim, size in zip(dims, shape, strict=True):
-        dim.dim_value = size
+    del dims[:]  # there may be none, where the rank is not said
+    for size in shape:
+        dims.add(dim_value=size)
 
 
 def _unshaped(kind: onnx.TypeProto) -> onnx.TypeProto:

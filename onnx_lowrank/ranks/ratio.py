@@ -35,5 +35,5 @@ def ratio(matrix: np.ndarray, value: float = 0.5) -> int:
     matrix, value = checked_matrix(matrix), checked_share(value, "the share of the full rank")
     if not matrix.any():
         return 0
-    # 0.29 * 100 is 28.999999999999996: the decimal and the product are each off by up to eps / 2, so add eps twice over.
+    # 0.29 * 100 is 28.999999999999996: the decimal and the product are each off by up to eps / 2, so add 2 eps.
     return max(1, int(value * min(matrix.shape) * (1.0 + 2.0 * np.finfo(np.float64).eps)))

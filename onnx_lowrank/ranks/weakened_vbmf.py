@@ -39,7 +39,7 @@ def weakened_vbmf(matrix: np.ndarray, value: float = 0.7) -> int:
     References
     ----------
     Gusak, Kholiavchenko, Ponomarev, Markeeva, Blagoveschensky, Cichocki, Oseledets 2019, "Automated multi-stage
-    compression of neural networks" (MUSCO), section 3.
+    compression of neural networks" (MUSCO).
 
     Examples
     --------

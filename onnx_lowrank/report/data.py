@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from onnx_lowrank import runtime
 from onnx_lowrank.rewrite import LayerReport
 from onnx_lowrank.types import Skip
 from onnx_lowrank.verify import Accuracy, Latency
@@ -93,10 +94,10 @@ def plain(value: Any) -> Any:
     return value
 
 
-def package_version() -> str:
-    """Version of this package."""
+def package_version(name: str = "onnx-lowrank") -> str:
+    """Version of a package, by default this one."""
     try:
-        return version("onnx-lowrank")
+        return version(name)
     except PackageNotFoundError:
         return "unknown"
 
@@ -104,7 +105,8 @@ def package_version() -> str:
 def environment() -> dict[str, str]:
     """Versions of what computes, and the processor."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "processor": _processor()}
-    return found | {name: version(name) for name in ("onnx", "onnxruntime", "numpy", "scipy", "onnx-graphsurgeon")}
+    found["onnxruntime"] = runtime.version()  # by its own word: it is installed under other names, one for each device
+    return found | {name: package_version(name) for name in ("onnx", "numpy", "scipy", "onnx-graphsurgeon")}
 
 
 def _processor() -> str:

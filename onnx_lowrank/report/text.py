@@ -44,11 +44,8 @@ def render_verification(check: Verification) -> Iterator[Renderable]:
 
 def render_inspection(view: Inspection) -> Iterator[Renderable]:
     """What `inspect` says."""
-    table = Table(
-        "layer", "op", "kernel", "MACs", "params", "at half its cost", title=_counts(view), title_justify="left"
-    )
-    for column in table.columns[3:5]:
-        column.justify = "right"
+    table = _table("layer", "op", "kernel", "MACs", "params", "at half its cost", numbers=(3, 4))
+    table.title, table.title_justify = _counts(view), "left"
     for layer in view.layers:
         half = layer.half
         could = (
@@ -69,14 +66,21 @@ def render_inspection(view: Inspection) -> Iterator[Renderable]:
     yield from _notes(view.notes)
 
 
+def _table(*headers: str, numbers: Sequence[int] = ()) -> Table:
+    """A table that folds what is too long, for a name that is cut short cannot be given to --exclude."""
+    table = Table(*headers)
+    for index, column in enumerate(table.columns):
+        column.overflow = "fold"
+        column.justify = "right" if index in numbers else "left"
+    return table
+
+
 def _counts(view: Inspection) -> str:
     return f"{view.cost.macs:,} MACs for one sample, {view.cost.params:,} parameters, {len(view.layers)} layers"
 
 
 def _layer_table(report: Report) -> Table:
-    table = Table("layer", "decomposition", "rank", "MACs", "params", "rel. error")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = _table("layer", "decomposition", "rank", "MACs", "params", "rel. error", numbers=(2, 3, 4, 5))
     for layer in report.layers:
         table.add_row(
             escape(layer.name),
@@ -94,9 +98,7 @@ def _share(after: int, before: int) -> str:
 
 
 def _comparison(original: Size, compressed: Size, accuracy: Accuracy | None, latencies: Sequence[Latency]) -> Table:
-    table = Table("", "original", "compressed", "")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = _table("", "original", "compressed", "", numbers=(1, 2, 3))
     for name, attribute in (("MACs", "macs"), ("parameters", "params"), ("bytes", "size_bytes")):
         before, after = getattr(original, attribute), getattr(compressed, attribute)
         table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.3f}" if before else "")
@@ -130,7 +132,7 @@ def _comparison(original: Size, compressed: Size, accuracy: Accuracy | None, lat
 def _skips(skips: Sequence[Skip]) -> Iterator[Renderable]:
     if not skips:
         return
-    table = Table("left alone", "op", "because")
+    table = _table("left alone", "op", "because")
     for skip in skips[:SHOWN_SKIPS]:
         table.add_row(escape(skip.layer), skip.op_type, escape(skip.reason))
     yield table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -11,8 +11,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnx_lowrank.decompositions import DECOMPOSITIONS, find_decomposition, lift
-from onnx_lowrank.types import LowRankError
+from onnx_lowrank.decompositions import DECOMPOSITIONS, lift
 from tests.helpers import (
     assert_close,
     assert_same_function,
@@ -20,12 +19,11 @@ from tests.helpers import (
     decompose,
     feeds_of,
     find,
-    full,
     half,
     normal,
+    ones,
     parse,
     regrouped,
-    run,
     stored,
     ungrouped,
     with_stored,
@@ -164,7 +162,7 @@ def test_a_convolution_at_full_rank_computes_what_it_did(case: Case, name: str) 
 @pytest.mark.parametrize(("case", "name"), CASES)
 def test_a_convolution_at_low_rank_computes_the_composed_kernel(case: Case, name: str) -> None:
     original = case.model()
-    rewritten = decompose(original, name, half)
+    rewritten = decompose(original, name, lambda highest: tuple(min(2, r) for r in highest))
     transposed = case.op_type == "ConvTranspose"
     kernel = regrouped(composed(rewritten, "conv"), case.group, transposed=transposed)
     assert kernel.shape == case.weight
@@ -393,7 +391,7 @@ def test_a_convolution_in_float16_agrees_to_its_precision(name: str) -> None:
     eps = float(np.finfo(np.float16).eps)
     assert_same_function(rewritten, original, feeds_of(original), HALF_STEPS * eps)
     with pytest.raises(AssertionError, match="off by"):
-        assert_same_function(decompose(original, name, half).model, original, feeds_of(original), HALF_STEPS * eps)
+        assert_same_function(decompose(original, name, ones).model, original, feeds_of(original), HALF_STEPS * eps)
 
 
 def test_a_matmul_in_float16_agrees_to_its_precision() -> None:
@@ -413,16 +411,7 @@ def test_kernels_in_bfloat16_compose_to_the_original_within_its_precision(name: 
     kernel = stored(original, "w").astype(np.float64)
     assert_close([composed(rewritten, "conv")], [kernel], HALF_STEPS * eps)
     with pytest.raises(AssertionError, match="off by"):
-        assert_close([composed(decompose(original, name, half), "conv")], [kernel], HALF_STEPS * eps)
-
-
-def test_kernels_that_overflow_half_precision_are_refused_with_layer_method_and_rank() -> None:
-    # rank 1: the factors of u v^T carry sqrt(|u| |v|) each, and 64 entries of 60000 make one too large
-    original = parse(
-        "g (float16[1,64] x) => (float16[] y) { y = MatMul (x, w) }", w=np.full((64, 64), 60000, np.float16)
-    )
-    rewritten = decompose(original, "svd", lambda rank: (1,))
-    assert np.isfinite(composed(rewritten, "y")).all()
+        assert_close([composed(decompose(original, name, ones), "conv")], [kernel], HALF_STEPS * eps)
 
 
 # --- ungrouping, which the comparisons above rest on -----------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 from scipy.optimize import brentq
 
 from onnx_lowrank.ranks import evbmf, evbmf_from_singular_values, vbmf
+from onnx_lowrank.ranks.vbmf import _free_energy, _slope
 from onnx_lowrank.types import LowRankError
 
 EPS = np.finfo(np.float64).eps
@@ -141,6 +142,7 @@ def test_dead_rows_and_columns_change_nothing(residue):
 def test_an_exact_low_rank_matrix_without_noise_has_its_numerical_rank(shape, rank, dtype):
     matrix = planted(shape, rank, 0.0).astype(dtype)
     assert vbmf(matrix) == vbmf(1e-4 * matrix) == rank
+    assert evbmf(matrix).sigma2 == pytest.approx((EPS * np.linalg.norm(matrix, 2)) ** 2, rel=1e-5)
     assert evbmf(matrix, max_rank=1).rank == 1
 
 
@@ -165,9 +167,13 @@ def test_a_matrix_of_one_row_has_nothing_to_compress(matrix):
     assert vbmf(matrix) == 0
 
 
-@pytest.mark.parametrize("matrix", [np.eye(8), np.eye(8, 40), 5.0 * np.eye(3)])
-def test_equal_singular_values_are_noise(matrix):
-    assert vbmf(matrix) == 0
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("count", [3, 8, 10, 41])
+def test_equal_singular_values_are_noise(count, legacy):
+    for shape in ((count, count), (count, 5 * count), (7 * count, count)):
+        for value in (0.1, 1.0, 3.7):
+            assert evbmf_from_singular_values(np.full(count, value), shape, legacy=legacy).rank == 0
+    assert vbmf(0.3 * np.eye(count), legacy=legacy) == 0
 
 
 def test_a_constant_matrix_has_rank_one():
@@ -239,8 +245,19 @@ def test_no_point_of_a_dense_grid_has_a_lower_free_energy(matrix, max_rank):
     assert found.rank == int((np.square(values[:most]) > found.threshold**2 / found.sigma2 * closest).sum())
 
 
+@pytest.mark.parametrize("signals", [0, 5, 12])
+def test_the_slope_and_its_derivative_agree_with_finite_differences(signals):
+    variances = np.concatenate([np.linspace(40.0, 20.0, signals), np.linspace(1.2, 0.8, 40 - signals)])
+    s, step, alpha, noise = 1.1, 1e-5, 0.4, variances[signals:].sum()
+    slope, rise = _slope(s, variances[:signals], noise, 40, alpha)
+    upper, lower = (_free_energy(s * math.exp(sign * step), variances, alpha, signals) for sign in (1, -1))
+    assert slope == pytest.approx(s * (upper - lower) / (2 * step), rel=1e-6)
+    beyond, before = (_slope(s + sign * step, variances[:signals], noise, 40, alpha)[0] for sign in (1, -1))
+    assert rise == pytest.approx((beyond - before) / (2 * step), rel=1e-6)
+
+
 def test_the_lower_of_several_local_minima_is_found():
-    # one strong, a shelf of middling and a bulk of small singular values: the free energy has a minimum for each reading
+    # one strong value, a shelf of middling and a bulk of small ones: the free energy has a minimum for each reading
     values = np.concatenate([[100.0], np.linspace(12.0, 9.0, 14), np.linspace(1.1, 0.9, 25)])
     shape = (40, 60)
     grid = np.geomspace(1e-3, 300.0, 20_000)
@@ -256,8 +273,8 @@ def test_the_lower_of_several_local_minima_is_found():
 
 
 def test_legacy_depends_on_the_scale_exactly_as_the_public_code_does():
-    # 512 x 4608, singular values h^-0.8; the public code was measured to give 192, 102 and 45 at these sizes of weights,
-    # where the minimum of its objective is at 188 (187 with the exact root for tau_bar)
+    # 512 x 4608, singular values h^-0.8; the public code was measured to give 192, 102 and 45 at these sizes of
+    # weights, where the minimum of its objective is at 188 (187 with the exact root for tau_bar)
     shape = (512, 4608)
     values = np.arange(1.0, 513) ** -0.8
     values *= math.sqrt(512 * 4608) / np.linalg.norm(values)

@@ -1,0 +1,262 @@
+"""A model cut at its layers into segments that run one after the other.
+
+Running a network from its input up to each of its layers costs work quadratic in the depth. Instead every tensor that
+a later node reads is kept at the cuts, and each segment runs once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+
+from onnx_lowrank.graph.constants import Constants
+from onnx_lowrank.graph.find import Found
+from onnx_lowrank.graph.islands import Naming, build_island
+from onnx_lowrank.graph.model import Model, attributes, subgraphs
+from onnx_lowrank.types import Chain, Layer
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Nodes that run together.
+
+    Parameters
+    ----------
+    inputs, outputs
+        Tensors that it reads, and those it makes that are needed later.
+    """
+
+    proto: onnx.ModelProto
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def serialize(self, dtypes: Mapping[str, np.dtype]) -> bytes:
+        """Bytes of a model of just these nodes, for inputs of the dtypes given and of any shape."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        for name in self.inputs:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(dtypes[name])
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
+        return proto.SerializeToString()
+
+
+@dataclass(frozen=True)
+class Follow:
+    """What becomes of a layer's output y: ``scale * y + shift + other``, and perhaps a ReLU of that.
+
+    Parameters
+    ----------
+    scale, shift
+        Of a BatchNormalization, (out channels); None where there is none.
+    other
+        Name of the activation that is added; empty where none is.
+    relu
+        Whether only the positive part goes on.
+    """
+
+    scale: np.ndarray | None = None
+    shift: np.ndarray | None = None
+    other: str = ""
+    relu: bool = False
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A layer where the model is cut.
+
+    Parameters
+    ----------
+    layer
+        The layer.
+    before
+        What has to run before it; None where there is nothing.
+    alone
+        The layer's node by itself.
+    source, output
+        Its activation in and out.
+    weight_input
+        Which of its inputs is the kernel.
+    source_axis, output_axis
+        Where the channels (for a product, the features) are in both.
+    follow
+        What becomes of its output.
+    gain
+        What its node multiplies the product with.
+    bias
+        What its node adds to the output, zeros where it could and does not; None where it cannot or is not constant.
+    alive
+        Tensors that are still read after the layer has run.
+    """
+
+    layer: Layer
+    before: Segment | None
+    alone: Segment
+    source: str
+    output: str
+    weight_input: int
+    source_axis: int
+    output_axis: int
+    follow: Follow
+    gain: float
+    bias: np.ndarray | None
+    alive: frozenset[str]
+
+
+def cuts(model: Model, found: Found, names: Sequence[str]) -> Iterator[Cut]:
+    """The layers called `names`, in the order of the graph, each with what has to run before it."""
+    graph = model.graph
+    whole = _Whole(model)
+    layers = {layer.name: layer for layer in found.layers}
+    later: list[set[str]] = [{o.name for o in graph.output}]
+    for reads in reversed(whole.reads):
+        later.append(later[-1] | reads)
+    later.reverse()  # later[i]: what node i and all after it read
+    start = 0
+    for position, name in sorted((found.places[name].position, name) for name in names):
+        pending = [i for i in range(start, position) if i not in whole.constant]
+        start = position + 1
+        node = whole.nodes[position]
+        yield Cut(
+            layers[name],
+            whole.segment(pending, later[position]) if pending else None,
+            whole.segment([position], {node.output[0]}),
+            node.input[1 - found.places[name].weight_input],
+            node.output[0],
+            found.places[name].weight_input,
+            *_feature_axes(node, found.places[name].weight_input),
+            whole.follow(node.output[0]),
+            next((a.f for a in node.attribute if node.op_type == "Gemm" and a.name == "alpha"), 1.0),
+            whole.bias(node, layers[name]),
+            frozenset(later[position + 1]),
+        )
+
+
+def island_of(model: Model, cut: Cut, chain: Chain, kernels: Sequence[np.ndarray]) -> Segment:
+    """The nodes that stand for a layer, to run by themselves."""
+    numbers = [str(i) for i in range(len(chain))]
+    # names of its own: they need to differ only from the layer's input, output and bias
+    stem = f"{cut.output}_lowrank"
+    naming = Naming(
+        *(
+            tuple(f"{stem}_{kind}_{i}" for i in ns)
+            for kind, ns in (("k", numbers), ("t", numbers[1:]), ("n", numbers[1:]))
+        )
+    )
+    node = cut.alone.proto.graph.node[-1]
+    island = build_island(node, cut.weight_input, chain, kernels, cut.layer.dtype, naming, model.opset)
+    proto = onnx.ModelProto()
+    proto.CopyFrom(cut.alone.proto)
+    del proto.graph.node[-1], proto.graph.output[:]
+    proto.graph.node.extend(island.nodes)
+    proto.graph.initializer.extend(island.initializers)
+    proto.graph.output.append(onnx.ValueInfoProto(name=cut.output))
+    return Segment(proto, (cut.source,), (cut.output,))
+
+
+def _feature_axes(node: onnx.NodeProto, weight_input: int) -> tuple[int, int]:
+    """Axes of the features in a layer's activation and in its output."""
+    if node.op_type == "Gemm":
+        return (0 if any(a.name == "transA" and a.i for a in node.attribute) else -1), -1
+    if node.op_type == "MatMul":
+        return (-1, -1) if weight_input == 1 else (-2, -2)
+    return 1, 1
+
+
+class _Whole:
+    """The graph, indexed."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._stored = {t.name: t for t in model.graph.initializer}
+        self._constants = Constants(model)
+        self.nodes = list(model.graph.node)
+        self.reads = [_reads(node) for node in self.nodes]
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node, names in zip(self.nodes, self.reads, strict=True):
+            for name in names:
+                self._readers.setdefault(name, []).append(node)
+        known = set(self._stored)
+        self.constant: set[int] = set()
+        for index, node in enumerate(self.nodes):  # what follows from stored tensors alone comes along where needed
+            if self.reads[index] <= known and not node.op_type.startswith("Random"):
+                self.constant.add(index)
+                known.update(node.output)
+        self._makers = {out: index for index in self.constant for out in self.nodes[index].output}
+
+    def segment(self, positions: Sequence[int], needed: set[str]) -> Segment:
+        """The nodes at `positions`, returning what is in `needed`."""
+        chosen, todo = set(positions), [name for i in positions for name in self.reads[i]]
+        while todo:
+            index = self._makers.get(todo.pop())
+            if index is not None and index not in chosen:
+                chosen.add(index)
+                todo += self.reads[index]
+        ordered = [self.nodes[i] for i in sorted(chosen)]
+        made = {out for node in ordered for out in node.output if out}
+        wanted = {name for i in chosen for name in self.reads[i]}
+        stored = wanted & set(self._stored)
+        outputs = tuple(sorted({out for i in positions for out in self.nodes[i].output if out} & needed))
+        source = self._model.proto
+        proto = onnx.ModelProto(
+            ir_version=max(source.ir_version, 4), opset_import=source.opset_import, functions=source.functions
+        )
+        proto.graph.name = "segment"
+        proto.graph.node.extend(ordered)
+        proto.graph.initializer.extend(self._stored[name] for name in sorted(stored))
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+        return Segment(proto, tuple(sorted(wanted - made - stored)), outputs)
+
+    def bias(self, node: onnx.NodeProto, layer: Layer) -> np.ndarray | None:
+        """The constant that a layer adds to its output."""
+        attrs = attributes(node)
+        if node.op_type == "MatMul":
+            return None
+        if not layer.bias:
+            return np.zeros(layer.spec.out_channels)
+        constant = self._constants.find(node.input[2])
+        if constant is None or constant.overridable:
+            return None
+        beta = attrs["beta"].f if "beta" in attrs else 1.0
+        return beta * constant.read().astype(np.float64)
+
+    def follow(self, name: str) -> Follow:
+        """What becomes of a layer's output, as far as it has one reader at a time."""
+        known = Follow()
+        while len(readers := self._readers.get(name, [])) == 1:
+            node = readers[0]
+            if (
+                node.op_type == "BatchNormalization"
+                and node.input[0] == name
+                and known.scale is None
+                and not known.other
+            ):
+                values = [self._constants.find(i) for i in node.input[1:5]]
+                if any(v is None for v in values):
+                    break
+                gain, offset, mean, variance = (v.read().astype(np.float64) for v in values if v)
+                scale = gain / np.sqrt(variance + next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5))
+                known = Follow(scale, offset - scale * mean)
+            elif node.op_type == "Add" and not known.other:
+                other = node.input[1] if node.input[0] == name else node.input[0]
+                if self._constants.find(other) or other == name:
+                    break
+                known = replace(known, other=other)
+            elif node.op_type in ("Relu", "Clip"):
+                return replace(known, relu=node.op_type == "Relu")
+            elif node.op_type != "Identity":
+                break
+            name = node.output[0]
+        return known
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """Tensors that a node reads, from inside its subgraphs too."""
+    names = {name for name in node.input if name}
+    for graph in subgraphs(node):
+        for inner in graph.node:
+            names |= _reads(inner)
+        names |= {o.name for o in graph.output}
+    return names

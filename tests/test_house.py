@@ -1,0 +1,271 @@
+"""Rules of the house, read off the sources: who imports what, who prints, what is explained, what a new member takes."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import shlex
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import models
+import onnx_lowrank as lr
+from onnx_lowrank import config
+from onnx_lowrank.cli import main
+from onnx_lowrank.decompositions import DECOMPOSITIONS
+from onnx_lowrank.linalg import relative_residual, tail_energy
+from onnx_lowrank.types import Chain, ConvSpec, Factorization, LayerStatistics, Rank, Stage
+from tests.helpers import run
+
+PACKAGE = Path(lr.__file__).parent
+ROOT = PACKAGE.parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+MAY_IMPORT = {
+    "onnx": ("graph/", "integrations/"),
+    "onnx_graphsurgeon": ("graph/", "integrations/"),
+    "google": ("graph/",),
+    "onnxruntime": ("runtime.py",),
+    "torch": ("finetune/",),
+    "argparse": ("cli.py",),
+}
+"""Libraries that have one place each, so that everything else can be used and tested without them."""
+
+NUMERIC_CORE = ("linalg.py", "types.py", "decompositions/", "ranks/", "budgets/")
+KNOWS_NUMBERS_ONLY = {"numpy", "scipy", "onnx_lowrank"}
+
+
+def place(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Full names of the modules that a source imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the layers"
+            yield node.module or ""
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(params=SOURCES, ids=place)
+def source(request: pytest.FixtureRequest) -> Path:
+    return Path(request.param)
+
+
+def test_a_source_imports_only_what_its_layer_may(source: Path) -> None:
+    for module in imports(parsed(source)):
+        allowed = MAY_IMPORT.get(module.partition(".")[0])
+        assert allowed is None or place(source).startswith(allowed), f"{place(source)} imports {module}"
+
+
+def test_the_numeric_core_knows_numbers_only() -> None:
+    core = [path for path in SOURCES if place(path).startswith(NUMERIC_CORE)]
+    assert len(core) > 10
+    for path in core:
+        for module in imports(parsed(path)):
+            top = module.partition(".")[0]
+            known = top in KNOWS_NUMBERS_ONLY or top in sys.stdlib_module_names
+            assert known, f"{place(path)} imports {module}"
+            if top == "onnx_lowrank" and module != "onnx_lowrank":
+                inner = module.split(".", 1)[1].replace(".", "/")
+                core_names = tuple(name.removesuffix(".py").removesuffix("/") for name in NUMERIC_CORE)
+                assert inner.startswith(core_names), f"{place(path)} imports {module}"
+
+
+def test_the_rule_finds_an_import_at_any_depth() -> None:
+    tree = ast.parse("def f():\n    if 1:\n        import onnx.helper\n        from onnxruntime import x\n")
+    assert list(imports(tree)) == ["onnx.helper", "onnxruntime"]
+
+
+def writes_to_the_terminal(tree: ast.AST) -> bool:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            return True
+        if isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr", "__stdout__", "__stderr__"):
+            return True
+    return any(module == "rich.console" for module in imports(tree))
+
+
+def test_only_the_command_line_prints(source: Path) -> None:
+    assert writes_to_the_terminal(parsed(source)) is (place(source) == "cli.py")
+
+
+@pytest.mark.parametrize("text", ["print(1)", "import sys\nsys.stderr.write('')", "from rich.console import Console"])
+def test_the_rule_finds_what_prints(text: str) -> None:
+    assert writes_to_the_terminal(ast.parse(text))
+
+
+def test_a_source_says_what_it_is_for(source: Path) -> None:
+    assert ast.get_docstring(parsed(source)), f"{place(source)} has no docstring"
+
+
+def test_no_random_number_comes_from_a_global_generator(source: Path) -> None:
+    allowed = {"default_rng", "Generator", "SeedSequence"}
+    for node in ast.walk(parsed(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("np.random", "numpy.random"):
+            assert node.attr in allowed, f"{place(source)}: {ast.unparse(node)}"
+    assert "random" not in [module.partition(".")[0] for module in imports(parsed(source))]
+
+
+def public_names() -> list[str]:
+    return [name for name in lr.__all__ if not isinstance(getattr(lr, name), types.ModuleType)]
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_a_public_name_is_explained(name: str) -> None:
+    found = getattr(lr, name)
+    text = inspect.getdoc(found)
+    assert text, f"{name} has no docstring"
+    assert not text.startswith(f"{name}("), "that of a dataclass, made up by Python"
+    if inspect.isfunction(found):
+        assert text.split("\n")[0].endswith("."), "the first line is a sentence"
+
+
+def test_what_is_public_is_there() -> None:
+    assert sorted(set(lr.__all__)) == sorted(lr.__all__)
+    for name in ("compress", "analyze", "apply", "verify", "inspect", "Config", "LowRankError", "Plan", "Report"):
+        assert name in lr.__all__
+    for module in (lr.ranks, lr.decompositions, lr.budgets):
+        assert module.__doc__
+
+
+# A decomposition is one file and one line
+
+
+class FirstChannels:
+    """A toy: 1x1 to the first r channels, then the kernel on those; what the others held is lost."""
+
+    name = "first_channels"
+
+    def refuses(self, specs: Sequence[ConvSpec]) -> str | None:
+        return None if specs[0].ndim == 2 else "it is for pictures only"
+
+    def max_rank(self, specs: Sequence[ConvSpec]) -> Rank:
+        return (specs[0].in_channels,)
+
+    def chain(self, specs: Sequence[ConvSpec], rank: Rank) -> tuple[Chain, ...]:
+        spec = specs[0]
+        return ((Stage(spec.stage(rank[0], spec.in_channels)), Stage(spec.stage(spec.out_channels, rank[0], (0, 1)))),)
+
+    def errors(
+        self, weights: Sequence[np.ndarray], ranks: Sequence[Rank], statistics: Sequence[LayerStatistics] | None = None
+    ) -> np.ndarray:
+        each = np.sqrt(np.square(weights[0]).sum(axis=(0, 2, 3)))
+        return tail_energy(each)[[rank[0] for rank in ranks]]
+
+    def estimate_rank(self, weights: Sequence[np.ndarray], estimator: Callable[[np.ndarray], int]) -> Rank:
+        return (estimator(weights[0].reshape(len(weights[0]), -1)),)
+
+    def factorize(
+        self,
+        weights: Sequence[np.ndarray],
+        rank: Rank,
+        statistics: Sequence[LayerStatistics] | None = None,
+        *,
+        rng: np.random.Generator,
+        start: Sequence[Sequence[np.ndarray]] | None = None,
+    ) -> Factorization:
+        (kernel,) = weights
+        rows = kernel.reshape(len(kernel), kernel.shape[1], -1).swapaxes(0, 1).reshape(kernel.shape[1], -1)
+        chosen = np.eye(kernel.shape[1])[: rank[0]]
+        error = relative_residual(rows, chosen.T, chosen @ rows)
+        return Factorization(((chosen[:, :, None, None], kernel[:, : rank[0]].copy()),), error)
+
+
+def test_a_decomposition_is_one_line_in_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(DECOMPOSITIONS, "first_channels", FirstChannels())
+    out = tmp_path / "small.onnx"
+    line = f"compress {models.DIGITS} {out} --budget macs=0.9 --methods first_channels --align 1 --jobs 1"
+    assert main([*line.split(), "--evaluate", str(models.DIGITS_TEST)]) == 0
+    result = lr.compress(models.DIGITS, budget={"macs": 0.9}, methods="first_channels", align=1, jobs=1)
+    assert result.report.layers
+    assert all(layer.decomposition == "first_channels" for layer in result.report.layers)
+    assert "it is for pictures only" in {skip.reason for skip in result.report.skips}
+    for layer in result.report.layers:
+        choice = next(c for c in result.plan.choices if layer.name in c.layers)
+        assert choice.error == pytest.approx(layer.relative_error**2, rel=1e-6)
+    # and at its highest rank it computes what the original does
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"choices": [{"layers": ["conv2"], "decomposition": "first_channels", "rank": 32}]}')
+    whole = lr.apply(models.DIGITS, plan, jobs=1)
+    assert [layer.nodes for layer in whole.report.layers] != [()]
+    x = {"input": np.load(models.DIGITS_TEST)["input"][:8]}
+    np.testing.assert_allclose(run(whole.model, x)[0], run(str(models.DIGITS), x)[0], rtol=1e-4, atol=1e-4)
+
+
+# What the documents say
+
+
+def commands(text: str) -> list[list[str]]:
+    """Command lines of this program in the shell blocks of a document."""
+    found = []
+    for block in re.findall(r"^```(?:sh|bash|shell|console)\n(.*?)^```", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|\|\||[;|]", line.removeprefix("$ ")):
+                words = shlex.split(part, comments=True)
+                program = next((i for i, word in enumerate(words) if word.endswith("onnx-lowrank")), None)
+                if words[:3] in (["python", "-m", "onnx_lowrank"], ["python3", "-m", "onnx_lowrank"]):
+                    program = 2
+                if program is not None and not {"pip", "git", "cd"} & set(words[:program]):
+                    found.append(words[program + 1 :])
+    return found
+
+
+def test_commands_are_found_in_documents() -> None:
+    text = (
+        "```sh\npip install onnx-lowrank && .venv/bin/onnx-lowrank inspect a.onnx   # a remark\n"
+        "$ onnx-lowrank compress a.onnx \\\n  b.onnx --budget macs=0.5\n```\n"
+        "```python\nonnx-lowrank nothing\n```\n```console\npython -m onnx_lowrank providers | head\n```\n"
+    )
+    assert commands(text) == [
+        ["inspect", "a.onnx"],
+        ["compress", "a.onnx", "b.onnx", "--budget", "macs=0.5"],
+        ["providers"],
+    ]
+
+
+DOCUMENTS = [
+    path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))) if path.is_file()
+]
+DOCUMENTED = [(path.name, line) for path in DOCUMENTS for line in commands(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.skipif(not DOCUMENTED, reason="the documents have no command line of this program yet")
+@pytest.mark.parametrize(("document", "line"), DOCUMENTED or [("", [])], ids=lambda part: " ".join(part)[:60])
+def test_a_command_in_a_document_is_one_that_the_program_takes(
+    document: str, line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where none of its files is, so that all that can be wrong with it is that
+    try:
+        code = main(line)
+    except SystemExit as exit_:  # --help, --version
+        code = int(exit_.code or 0)
+    complaint = capsys.readouterr().err
+    missing = re.search("cannot be read|no such file|does not exist", complaint)
+    assert code == 0 or (code == 2 and missing), f"{document}: {shlex.join(line)}: {complaint}"
+
+
+def test_an_unknown_option_in_a_document_would_be_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line in ("compress a.onnx b.onnx --smaller", "compress a.onnx b.onnx --budget flops=0.5", "shrink a.onnx"):
+        assert main(line.split()) == 2
+        assert not re.search("cannot be read|no such file|does not exist", capsys.readouterr().err)
+
+
+def test_every_method_and_default_named_in_the_code_exists() -> None:
+    assert set(config.METHODS) <= set(DECOMPOSITIONS)
+    assert all(name == member.name for name, member in DECOMPOSITIONS.items())
