@@ -43,7 +43,7 @@ class Activations:
 def run_segment(segment: Segment, *activations: Activations, threads: int = 0) -> None:
     """Run the nodes of a segment on every batch, adding what they make."""
     first = activations[0].batches[0]
-    settings = RunSettings(threads=threads)
+    settings = RunSettings(threads=threads, spin=False)
     session = Session(segment.serialize({name: first[name].dtype for name in segment.inputs}), settings)
     for each in activations:
         for batch in each.batches:

@@ -47,9 +47,10 @@ class Group:
 
 def group_layers(layers: Sequence[Layer]) -> tuple[Group, ...]:
     """Layers in groups that share a stored kernel; one that something else reads too is decided alone."""
-    groups: dict[str, list[Layer]] = {}
+    groups: dict[tuple[bool, str], list[Layer]] = {}
     for layer in layers:
-        key = layer.name if layer.weight_kept else layer.weight_name
+        # a node may be called what a kernel is called
+        key = layer.weight_kept, layer.name if layer.weight_kept else layer.weight_name
         groups.setdefault(key, []).append(layer)
     return tuple(Group(tuple(members)) for members in groups.values())
 
@@ -130,7 +131,7 @@ def rank_grid(highest: Rank, block: int) -> list[Rank]:
 
 
 def _mode_ranks(top: int, block: int, most: int) -> list[int]:
-    small = [1 << power for power in range(block.bit_length() - 1) if 1 << power <= top]
+    small = [1 << power for power in range((block - 1).bit_length()) if 1 << power <= top]
     count = top // block
     picks = sorted({round(i) for i in np.linspace(1, count, min(count, most))}) if count else []
     return small + [block * pick for pick in picks]
@@ -174,7 +175,12 @@ def group_candidates(
         grid = rank_grid(lift.max_rank(decomposition, specs), block)
         cheaper = [c for c in (price(group, name, rank, math.inf) for rank in grid) if saves(c, dense)]
         if not cheaper:
-            reasons.append(f"too small: {name} saves nothing at any rank of its grid")
+            kept = group.layers[0].weight_kept
+            reasons.append(
+                "something else reads its kernel too, which would stay in the file beside the new ones"
+                if kept
+                else f"too small: {name} saves nothing at any rank of its grid"
+            )
             continue
         if weights is None:
             weights = [group.layers[0].read_weight()]

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.calibrate import (
     MAX_PATCH,
@@ -43,6 +44,9 @@ RIDGE = 1e-3
 
 RECTIFIED_ROUNDS = 3
 """Fits after the first to targets that a following ReLU leaves free."""
+
+SMALL_PATCH = 1024
+"""Patches of fewer numbers than this are fitted on one thread."""
 
 SWITCHED_OFF = 1e-3
 """Scale of a normalisation, relative to its largest, under which a channel counts as switched off."""
@@ -208,17 +212,19 @@ class _Fit:
         cross = (targets.T @ self._rows).astype(np.float64) / len(targets)
         if cut.bias is not None:
             cross -= np.outer(targets.mean(axis=0, dtype=np.float64), stats.mean)
-        kernel = _regression(self._weight, self._layer.spec.group, cross, stats)
         weights = self._seen.weights
-        self._made = lift.factorize(
-            find_decomposition(self._choice.decomposition),
-            [self._layer.spec],
-            [kernel * weights.reshape(-1, *(1,) * (kernel.ndim - 1))],
-            self._choice.rank,
-            [stats],
-            rng=self._rng,
-            start=None if self._made is None else self._made.kernels,
-        )
+        # on matrices of this size a second thread costs more than it brings
+        with threadpool_limits(1 if len(stats.mean) < SMALL_PATCH else None):
+            kernel = _regression(self._weight, self._layer.spec.group, cross, stats)
+            self._made = lift.factorize(
+                find_decomposition(self._choice.decomposition),
+                [self._layer.spec],
+                [kernel * weights.reshape(-1, *(1,) * (kernel.ndim - 1))],
+                self._choice.rank,
+                [stats],
+                rng=self._rng,
+                start=None if self._made is None else self._made.kernels,
+            )
         *others, last = self._made.kernels[0]
         return replace(self._made, kernels=((*others, last / weights.reshape(-1, *(1,) * (last.ndim - 1))),))
 

@@ -95,6 +95,21 @@ def effective_kernel(chain: Chain, kernels: Sequence[np.ndarray]) -> np.ndarray:
     return run_chain(bare, kernels, x)
 
 
+def counted_macs(chain: Chain, size: Sequence[int]) -> int:
+    """Multiplications of `chain` by its definition, counted one by one, those with padding too."""
+    macs = 0
+    for stage in chain:
+        spec = stage.spec
+        after = convolve(np.zeros((1, spec.in_channels, *size)), np.zeros(spec.weight_shape), spec).shape[2:]
+        for _ in itertools.product(*map(range, size if spec.transposed else after)):
+            for _ in range(spec.group):
+                for _ in range(spec.out_channels // spec.group):
+                    for _ in range(spec.in_channels // spec.group):
+                        macs += int(np.prod(spec.kernel))
+        size = after
+    return macs
+
+
 def _bare(spec: ConvSpec) -> ConvSpec:
     ndim = spec.ndim
     return replace(

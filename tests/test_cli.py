@@ -556,7 +556,7 @@ def test_a_plan_is_written_and_carried_out_to_the_same_bytes(folder: Path, run: 
     for options in ("", "--fold-batchnorm"):
         line = f"compress {models.DIGITS} out/a.onnx --budget macs=0.5 --plan out/plan.json {QUICK} {options}"
         assert run(line)[0] == 0
-        code, out, err = run(f"apply {models.DIGITS} out/plan.json out/b.onnx --jobs 1 --json out/b.json {options}")
+        code, _, err = run(f"apply {models.DIGITS} out/plan.json out/b.onnx --jobs 1 --json out/b.json {options}")
         assert (code, err) == (0, "")
         assert Path("out/a.onnx").read_bytes() == Path("out/b.onnx").read_bytes()
         layers = json.loads(Path("out/b.json").read_text())["layers"]

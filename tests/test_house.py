@@ -90,10 +90,12 @@ def test_the_rule_finds_an_import_at_any_depth() -> None:
 
 
 def writes_to_the_terminal(tree: ast.AST) -> bool:
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(tree))
+    flushed = [node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr == "flush"]
+    for node in nodes:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
             return True
-        if isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr", "__stdout__", "__stderr__"):
+        if isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr") and node not in flushed:
             return True
     return any(module == "rich.console" for module in imports(tree))
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 
 import numpy as np
@@ -17,8 +16,9 @@ from onnx_lowrank.types import (
     LowRankError,
     Plan,
     Skip,
+    Stage,
 )
-from tests.reference import convolve
+from tests.reference import convolve, counted_macs
 
 SPECS = [
     (ConvSpec((2, 3, 3)), (9,)),
@@ -37,21 +37,6 @@ SPECS = [
 
 def layer(spec, size=(), **options):
     return Layer("name", "Conv", spec, lambda: np.zeros(spec.weight_shape), np.dtype("float32"), size, **options)
-
-
-def counted_macs(spec: ConvSpec, size) -> int:
-    """Multiplications of the definition one by one, those with padding too."""
-    positions = (
-        size
-        if spec.transposed
-        else convolve(np.zeros((1, spec.in_channels, *size)), np.zeros(spec.weight_shape), spec).shape[2:]
-    )
-    macs = 0
-    for _ in itertools.product(*map(range, positions)):
-        for _ in range(spec.group):
-            for _ in itertools.product(range(spec.out_channels // spec.group), range(spec.in_channels // spec.group)):
-                macs += math.prod(spec.kernel)
-    return macs
 
 
 # --- ConvSpec -----------------------------------------------------------------------------------------------------
@@ -123,8 +108,8 @@ def test_stages_that_span_an_axis_each_give_the_layers_output_size(spec, size):
 
 @pytest.mark.parametrize(("spec", "size"), SPECS)
 def test_the_macs_of_a_layer_are_those_counted_one_by_one(spec, size):
-    assert layer(spec, size).macs == counted_macs(spec, size)
-    assert layer(spec, size, batch=5).macs == 5 * counted_macs(spec, size)
+    assert layer(spec, size).macs == counted_macs((Stage(spec),), size)
+    assert layer(spec, size, batch=5).macs == 5 * counted_macs((Stage(spec),), size)
 
 
 def test_a_matrix_product_has_a_multiplication_for_each_entry_and_row():

@@ -84,7 +84,9 @@ def main() -> None:
                 line += f" | {short}{at_default[0]:12.2f} {at_default[1]:7.4f}"
                 line += f" | {missed}{reached if reached is not None else trace[-1][0]:8.2f} ({len(trace)} iterations)"
         print(line, flush=True)
-    print(f"total: ours {ours:.1f} s, peer at {DEFAULT_ITERATIONS} iterations {default:.1f} s, at our error {equal:.1f} s")
+    print(
+        f"total: ours {ours:.1f} s, peer at {DEFAULT_ITERATIONS} iterations {default:.1f} s, at our error {equal:.1f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -99,7 +99,7 @@ class CP3:
     """
 
     algorithm: str = "als"
-    iterations: int = 100
+    iterations: int = 150
     tolerance: float = 5e-4
     starts: int = 8
     ridge: float = 0.05
@@ -115,6 +115,8 @@ class CP3:
         ):
             if value not in known:
                 raise LowRankError(f"CP {field} {value!r}: one of {', '.join(known)} was expected")
+        if self.iterations < 1:
+            raise LowRankError(f"CP iterations {self.iterations}: at least 1 was expected")
 
     def refuses(self, specs: Sequence[ConvSpec]) -> str | None:
         return "its kernel is pointwise: svd says the same with one stage fewer" if is_pointwise(specs[0]) else None
@@ -170,14 +172,14 @@ class CP3:
     ) -> Factorization:
         """Kernels of `rank`, balanced: every stage carries an equal root of each component's weight."""
         if statistics is not None:
-            factors, fit = self._weighted(
+            factors, weighted = self._weighted(
                 weights[0],
                 statistics[0].covariance,
                 rank[0],
                 LONG if start is None else FURTHER,
                 None if start is None else start[0],
             )
-            return Factorization((self._kernels(balance(factors), weights[0].shape),), math.sqrt(fit.error))
+            return Factorization((self._kernels(balance(factors), weights[0].shape),), math.sqrt(weighted.error))
         weight, (r,) = weights[0], rank
         tensor = self._tensor(weight)
         norm = math.sqrt(squared_norm(tensor))
@@ -253,8 +255,9 @@ class CP3:
         # a degenerate fit must be better by as much as its norm is beyond the limit
         best = min(fits, key=lambda fit: fit.relative_error * max(1.0, _norm(fit) / self.norm_limit))
         if cheap and best.relative_error > EXACT:
-            best = min(best, self._als(core, best.factors, self.tolerance / 10), key=lambda fit: fit.relative_error)
-        return best if best.relative_error < start.relative_error else start
+            finer = replace(self._als(core, best.factors, self.tolerance / 10), converged=best.converged)
+            best = min(best, finer, key=lambda fit: fit.relative_error)
+        return best if best.relative_error < start.relative_error else replace(start, converged=best.converged)
 
     def _als(self, core: np.ndarray, start: Sequence[np.ndarray], tolerance: float | None = None) -> Fit:
         return als(

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 import numpy as np
-import scipy.linalg
 import scipy.optimize
 
 from onnx_lowrank.linalg import leading_basis, mode_dot, squared_norm, tail_energy, unfold
@@ -29,6 +28,8 @@ CANCELLATION = 1e-10
 """Squared relative error under which ``|X|^2 - 2 <X, Y> + |Y|^2`` has fewer than six digits left."""
 SINGLE = 1e-4
 """Squared relative error above which products with the tensor may be rounded to float32: a thousand times its eps."""
+LARGE = 10_000_000
+"""Multiplications of a product with the tensor below which float32 would not save time."""
 NEARLY = 1e-6
 """Relative error within which a tensor is taken to have a multilinear rank: well above rounding to float32."""
 HISTORY = 5
@@ -173,7 +174,8 @@ def ridge_solve(product: np.ndarray, gram: np.ndarray, ridge: float) -> np.ndarr
         solution = np.full_like(product, np.nan)
     if not np.isfinite(solution).all():
         values, vectors = np.linalg.eigh(gram)
-        solution = (product @ vectors / (np.maximum(values, 0.0) + shift)) @ vectors.T
+        kept = values > rank * EPS * values[-1]
+        solution = (product @ vectors[:, kept] / (values[kept] + shift)) @ vectors[:, kept].T
     return solution
 
 
@@ -290,11 +292,11 @@ def _split(tensors: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def pencil_start(core: np.ndarray, rank: int) -> Factors | None:
-    """CP by eigenvectors of a core of :func:`compress` that has at most that rank, and no mode shorter than it but the small.
+    """CP by eigenvectors of a core of :func:`compress`, for a tensor whose CP rank is that of its large modes.
 
-    Two mixtures of its slices, ``S = A diag(s) B^T`` and ``T = A diag(t) B^T``, share `A` and `B`: with ``S X = T X L``,
-    `X` is the inverse of ``B^T``, and ``S X`` is `A` up to scale. Exact where iterations are often caught by a local
-    minimum. The rank is read off the large modes; columns beyond it are zero.
+    Two mixtures of its slices, ``S = A diag(s) B^T`` and ``T = A diag(t) B^T``, share `A` and `B`: the eigenvectors `X` of
+    ``S^-1 T`` are the inverse of ``B^T``, and ``S X`` is `A` up to scale. Exact where iterations are often caught by a
+    local minimum. The rank is read off the large modes; columns beyond it are zero.
 
     Returns
     -------
@@ -314,9 +316,9 @@ def pencil_start(core: np.ndarray, rank: int) -> Factors | None:
     slices = core.reshape(first, -1, last)[:own, :, :own]
     one, two = np.moveaxis(mode_dot(slices, leading_basis(unfold(slices, 1), 2).T, 1), 1, 0)
     try:
-        vectors = scipy.linalg.eig(one, two)[1].real
+        vectors = np.linalg.eig(np.linalg.solve(one, two))[1].real
         inverse = np.linalg.inv(vectors)
-    except (np.linalg.LinAlgError, ValueError):
+    except np.linalg.LinAlgError:
         return None
     by_one, by_two = one @ vectors, two @ vectors
     left = np.where(np.linalg.norm(by_one, axis=0) > np.linalg.norm(by_two, axis=0), by_one, by_two)
@@ -392,8 +394,8 @@ def als(
     A sweep is two large GEMMs whatever the number of modes: `M` of the first mode, and the first mode contracted
     out, which serves all the others. Sweeps converge slowly (swamps); Anderson extrapolation over the last few reaches
     in a given number of them what takes plain sweeps two to three times as many. Where it raises the
-    error, the plain sweep is taken instead and the history forgotten. As long as the error is large the two GEMMs are in
-    float32; everything else, and the error returned, is in float64.
+    error, the plain sweep is taken instead and the history forgotten. Of a large tensor with a large error the two GEMMs are
+    in float32; everything else, and the error returned, is in float64.
 
     Parameters
     ----------
@@ -426,7 +428,7 @@ def als(
     history: list[float] = []
     error, converged = math.inf, False
     weight = ridge * min(1.0, squared_norm(first) / (norm_limit * total)) ** 2
-    single = tensor.astype(np.float32)
+    single = tensor.astype(np.float32) if tensor.size * len(rest[0].T) > LARGE else tensor
     for sweep in range(iterations):
         source = single if error > SINGLE else tensor
         grams = [factor.T @ factor for factor in rest]
@@ -480,25 +482,24 @@ class _Anderson:
 
     def __init__(self) -> None:
         self.count = 0
+        self.last: tuple[np.ndarray, np.ndarray] | None = None
 
     def next(self, argument: np.ndarray, value: np.ndarray) -> np.ndarray:
         """Where to apply the map next, after it took `argument` to `value`."""
         step, flat = (value - argument).ravel(), value.ravel()
-        if self.count == 0:
-            self.steps, self.values = np.empty((HISTORY, flat.size)), np.empty((HISTORY, flat.size))
-        else:
-            row = self.count % HISTORY  # the oldest
-            self.steps[row], self.values[row] = step - self.last[0], flat - self.last[1]
-        self.last = step, flat
-        self.count += 1
-        known = slice(1, self.count) if self.count <= HISTORY else slice(None)
-        steps = self.steps[known]
-        if not len(steps):
+        if self.last is None:
+            self.last = step, flat
+            self.steps, self.values = np.zeros((HISTORY, flat.size)), np.zeros((HISTORY, flat.size))
             return value
-        gram = steps @ steps.T
+        oldest = self.count % HISTORY
+        self.steps[oldest], self.values[oldest] = step - self.last[0], flat - self.last[1]
+        self.last, self.count = (step, flat), self.count + 1
+        known = min(self.count, HISTORY)
+        gram = self.steps[:known] @ self.steps[:known].T
         # without a ridge two nearly parallel differences would be given huge opposite weights
-        gram += (1e-4 * np.trace(gram) + np.finfo(float).tiny) * np.eye(len(gram))
-        return value - (np.linalg.solve(gram, steps @ step) @ self.values[known]).reshape(value.shape)
+        gram += (1e-4 * np.trace(gram) + np.finfo(float).tiny) * np.eye(known)
+        weights = np.linalg.solve(gram, self.steps[:known] @ step)
+        return value - (weights @ self.values[:known]).reshape(value.shape)
 
 
 def tensor_power(tensor: np.ndarray, rank: int, *, iterations: int, tolerance: float) -> Fit:

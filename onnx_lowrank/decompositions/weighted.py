@@ -154,7 +154,9 @@ def output_energy(target: np.ndarray, moment: np.ndarray) -> float:
 def root_and_inverse(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric ``C^{1/2}`` and ``C^{-1/2}``, eigenvalues floored at a share of the largest."""
     values, vectors = np.linalg.eigh(covariance)
-    floor = WHITEN * max(values[-1], np.finfo(float).tiny)
+    if values[-1] <= 0:  # an input that never varies: no direction counts for more than another
+        return np.eye(len(values)), np.eye(len(values))
+    floor = WHITEN * values[-1]
     roots = np.sqrt(np.maximum(values, floor))
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 

@@ -43,6 +43,8 @@ def fold_batchnorm(model: Model) -> int:
         read_once = all(count[name] == 1 for name in [norm.input[0], *constants.chain(conv.input[1])])
         if not read_once or len(values) < len(sources):
             continue
+        if {value.shape for value in values[1:]} != {(_outputs(values[0], conv),)}:
+            continue
         weight, scale, shift, mean, variance, *bias = (value.astype(np.float64) for value in values)
         attrs = attributes(norm)
         factor = scale / np.sqrt(variance + (attrs["epsilon"].f if "epsilon" in attrs else 1e-5))
@@ -79,11 +81,19 @@ def _value(constants: Constants, name: str) -> np.ndarray | None:
     return constant.read() if constant and not constant.overridable and not constant.quantized else None
 
 
+def _group(conv: onnx.NodeProto) -> int:
+    return next((a.i for a in conv.attribute if a.name == "group"), 1)
+
+
+def _outputs(weight: np.ndarray, conv: onnx.NodeProto) -> int:
+    return weight.shape[0] if conv.op_type == "Conv" else weight.shape[1] * _group(conv)
+
+
 def _scale_outputs(weight: np.ndarray, factor: np.ndarray, conv: onnx.NodeProto) -> np.ndarray:
     ones = (1,) * (weight.ndim - 2)
     if conv.op_type == "Conv":
         return weight * factor.reshape(-1, 1, *ones)  # (O, I/g, k...)
-    group = next((a.i for a in conv.attribute if a.name == "group"), 1)
+    group = _group(conv)
     blocks = weight.reshape(group, -1, *weight.shape[1:])  # (I, O/g, k...) -> (g, I/g, O/g, k...)
     return (blocks * factor.reshape(group, 1, -1, *ones)).reshape(weight.shape)
 

@@ -272,6 +272,11 @@ def test_a_product_that_overflows_half_precision_is_left() -> None:
     assert_left(model)
 
 
+def test_statistics_of_another_length_are_left() -> None:
+    assert_left(normalised(mean=normal(1)))
+    assert_left(normalised(conv="h = ConvTranspose <group=2> (x, w, b)", w=normal(4, OUT, 3, 3)))
+
+
 def test_a_damaged_statistic_is_an_error_that_names_it() -> None:
     model = normalised()
     next(t for t in model.graph.initializer if t.name == "mean").raw_data = b"123"

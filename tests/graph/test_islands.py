@@ -375,8 +375,8 @@ def test_convolutions_in_float64_agree_to_its_precision(case: Case, name: str) -
     rewritten = decompose(original, name).model
     assert all(t.data_type == onnx.TensorProto.DOUBLE for t in rewritten.graph.initializer)
     feeds = feeds_of(original)
-    outputs = [ReferenceEvaluator(model).run(None, feeds) for model in (rewritten, original)]
-    assert_close(*outputs, 1e-12)
+    actual, expected = (list(ReferenceEvaluator(model).run(None, feeds)) for model in (rewritten, original))
+    assert_close(actual, expected, 1e-12)
 
 
 HALF_STEPS = 4

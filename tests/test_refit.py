@@ -1,0 +1,108 @@
+"""Layers refitted in sequence: what the data brings, and that every way a layer can be wired is handled."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import models
+import onnx_lowrank as lr
+from tests.helpers import normal, parse, run
+
+
+def samples(count: int = 128) -> list[dict[str, np.ndarray]]:
+    """Unlabelled pictures of digits."""
+    return [{"input": np.load(models.DIGITS_CALIBRATE)["input"][:count]}]
+
+
+def outputs(model, name: str = "input") -> np.ndarray:
+    return run(model, {name: np.load(models.DIGITS_TEST)["input"][:200]})[0]
+
+
+def error(model) -> float:
+    reference = outputs(str(models.DIGITS))
+    return float(np.linalg.norm(outputs(model) - reference) / np.linalg.norm(reference))
+
+
+@pytest.mark.parametrize("methods", ["spatial_svd,svd", "cp3", "tucker2,svd"])
+def test_unlabelled_samples_bring_the_outputs_back(methods: str) -> None:
+    plan = lr.analyze(models.DIGITS, budget={"macs": 0.3}, methods=methods)
+    blind = lr.apply(models.DIGITS, plan)
+    aware = lr.apply(models.DIGITS, plan, calibrate=samples())
+    assert aware.report.compressed.macs == blind.report.compressed.macs
+    assert error(aware.model) < 0.6 * error(blind.model)  # on pictures that the fit has not seen
+
+
+def test_the_same_samples_and_seed_give_the_same_bytes() -> None:
+    made = [
+        lr.compress(models.DIGITS, calibrate=samples(), budget={"macs": 0.4}, methods="channel_svd,svd")
+        for _ in range(2)
+    ]
+    assert made[0].model.SerializeToString() == made[1].model.SerializeToString()
+
+
+def test_a_layer_without_a_bias_is_given_one_that_takes_the_mean() -> None:
+    text = "g (float[N, 8, 5, 5] x) => (float[N, 8, 5, 5] y) { [only] y = Conv <pads = [1,1,1,1]> (x, w) }"
+    model = parse(text, w=normal(8, 8, 3, 3))
+    x = 3 + normal(64, 8, 5, 5, seed=1)
+    result = lr.compress(model, calibrate=[{"x": x}], budget={"macs": 0.3}, methods="channel_svd")
+    (node,) = [n for n in result.model.graph.node if n.output[0] == "y"]
+    assert len(node.input) == 3
+    difference = run(result.model, {"x": x})[0] - run(model, {"x": x})[0]
+    np.testing.assert_allclose(difference.mean(axis=(0, 2, 3)), 0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "MatMul (x, w)",
+        "Gemm (x, w)",
+        "Gemm <alpha = 2.0, beta = 0.5> (x, w, c)",
+        "Gemm <alpha = 0.5> (x, w, m)",
+    ],
+)
+def test_products_are_fitted_in_all_their_forms(layer: str) -> None:
+    rng = np.random.default_rng(0)
+    few = (rng.standard_normal((256, 5)) @ rng.standard_normal((5, 16)) + 1).astype("float32")
+    stored = {"w": normal(16, 12), "c": normal(12), "m": normal(1, 12)}
+    used = {name: value for name, value in stored.items() if name in layer.replace("MatMul", "").replace("Gemm", "")}
+    model = parse(f"g (float[N, 16] x) => (float[N, 12] y) {{ [only] y = {layer} }}", **used)
+    result = lr.compress(model, calibrate=[{"x": few}], budget={"params": 0.95}, methods="svd", align=1)
+    assert result.report.layers
+    got, wanted = run(result.model, {"x": few})[0], run(model, {"x": few})[0]
+    # inputs of six directions (five and their mean): a rank of that size loses nothing, though the kernel is full
+    assert np.linalg.norm(got - wanted) < 2e-2 * np.linalg.norm(wanted)
+
+
+def test_a_sum_is_made_right_by_the_layer_that_comes_last() -> None:
+    text = """g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y) {
+      [one] a = Conv <pads = [1,1,1,1]> (x, w1)
+      [two] b = Conv <pads = [1,1,1,1]> (x, w2)
+      y = Add (a, b)
+    }"""
+    model = parse(text, w1=normal(8, 8, 3, 3), w2=normal(8, 8, 3, 3, seed=1))
+    x = normal(128, 8, 6, 6, seed=2)
+    plan = lr.analyze(model, budget={"macs": 0.4}, methods="channel_svd", align=1)
+    assert [c.decomposition for c in plan.choices] == ["channel_svd"] * 2
+    fitted = lr.apply(model, plan, calibrate=[{"x": x}])
+    got, wanted = run(fitted.model, {"x": x})[0], run(model, {"x": x})[0]
+    # both layers see the same input, so the second can mend what the first lost as far as its rank allows
+    alone = np.linalg.norm(run(lr.apply(model, plan).model, {"x": x})[0] - wanted)
+    assert np.linalg.norm(got - wanted) < 0.85 * alone
+
+
+def test_layers_that_share_a_kernel_and_transposed_ones_run_along() -> None:
+    text = """g (float[N, 8, 6, 6] x) => (float[N, 8, 12, 12] y) {
+      [one] a = Conv <pads = [1,1,1,1]> (x, w)
+      r = Relu (a)
+      [two] b = Conv <pads = [1,1,1,1]> (r, w)
+      [up] y = ConvTranspose <strides = [2,2], pads = [1,1,1,1], output_padding = [1,1]> (b, u)
+    }"""
+    model = parse(text, w=normal(8, 8, 3, 3), u=normal(8, 8, 3, 3, seed=1))
+    x = normal(32, 8, 6, 6, seed=2)
+    result = lr.compress(model, calibrate=[{"x": x}], budget={"macs": 0.6}, methods="channel_svd", align=1)
+    names = {layer.name for layer in result.report.layers}
+    assert {"one", "two"} <= names
+    assert np.isfinite(run(result.model, {"x": x})[0]).all()
+    kernels = {n.input[1] for n in result.model.graph.node if n.op_type == "Conv"}
+    assert len(kernels) == 2 + ("up" in names)  # stored once for both
