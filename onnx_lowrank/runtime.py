@@ -112,8 +112,13 @@ class Session:
 
     @property
     def placement(self) -> dict[str, int]:
-        """How many nodes of the optimised graph each provider runs, as the session itself says."""
+        """How many nodes of the optimised graph each provider runs, as the session itself says.
+
+        Empty before ONNX Runtime 1.24, which does not say; Python 3.10 has no later one than 1.23.
+        """
         count: dict[str, int] = {}
+        if not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return count
         for part in self._session.get_provider_graph_assignment_info():
             count[part.ep_name] = count.get(part.ep_name, 0) + len(part.get_nodes())
         return count
@@ -150,6 +155,8 @@ def block_size() -> int:
 def tensor_shapes(session: Session, feeds: Feeds, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of tensors that the model returns, by running it."""
     wanted = [name for name in names if name in session.outputs]
+    if not wanted:
+        return {}
     return {name: np.shape(value) for name, value in zip(wanted, session.run(feeds, wanted), strict=True)}
 
 
@@ -177,9 +184,9 @@ class Timing:
         ratios = np.sort(self.first_ms / self.second_ms)
         n = len(ratios)
         # the rank of the median is binomial(n, 1/2): mean n/2, standard deviation sqrt(n)/2
-        reach = 0.98 * np.sqrt(n)
-        low, high = int(np.floor(n / 2 - reach)), int(np.ceil(n / 2 + reach))
-        return float(ratios[max(low, 0)]), float(ratios[min(high, n - 1)])
+        # and as many ratios are left out above as below, so that the models exchanged give the reciprocals
+        low = max(int(np.floor((n - 1) / 2 - 0.98 * np.sqrt(n))), 0)
+        return float(ratios[low]), float(ratios[n - 1 - low])
 
 
 def time_pair(first: Session, second: Session, feeds: Feeds, *, rounds: int = 50, seconds: float = 10.0) -> Timing:
@@ -222,8 +229,8 @@ def probe(provider: str, model: bytes, feeds: Feeds) -> str:
     except LowRankError as error:
         return f"does not work: {error}"
     placed = session.placement
-    return (
-        "works"
-        if placed.get(provider)
-        else f"loads, but ran nothing here (all on {', '.join(placed) or 'no provider'})"
-    )
+    if placed.get(provider):
+        return "works"
+    if not placed:
+        return "loads and runs, but this version of ONNX Runtime does not say where"
+    return f"loads, but ran nothing here (all on {', '.join(placed)})"

@@ -135,7 +135,7 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
 
 def _too_few(accuracy: Accuracy, limit: float) -> str:
     """Why even an unchanged model cannot be promised, and what it would take."""
-    # the bound of scores that are all alike falls as 1 / (n + 2), see drop_upper
-    needed = math.ceil((accuracy.samples + 2) * accuracy.drop_upper_95 / limit) - 2 if limit > 0 else None
+    # n samples that are all alike miss a loss of a share p of them all with the probability (1 - p)^n
+    needed = math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-limit)) if limit > 0 else None
     enough = f"about {needed} would be needed" if needed else "no number would be enough for a drop of 0"
     return f"{accuracy.samples} samples are too few to promise a drop of {limit:g} with {CONFIDENCE:.0%} confidence: {enough}"

@@ -31,11 +31,15 @@ class Accuracy:
     drop
         What was lost; negative where the compressed model is better.
     drop_upper_95
-        The drop is at most this with 95 % confidence; NaN where a single figure for all samples leaves no way to tell.
+        The drop is at most this with 95 % confidence; NaN where a single figure for all samples leaves no way to tell,
+        and infinite where a sample is broken.
     samples
         How many.
     others
         Further figures of the same run that need no labels: how near the outputs are to the original's.
+    broken
+        Samples for which the compressed model returns NaN or infinity where the original does not. They count as the
+        worst that the metric knows.
     """
 
     metric: str
@@ -45,6 +49,7 @@ class Accuracy:
     drop_upper_95: float
     samples: int
     others: dict[str, float]
+    broken: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,17 +96,32 @@ def _agreement(outputs: Outputs, reference: Outputs, labels: np.ndarray | None) 
     return _per_sample(_classes(outputs) == _classes(reference))
 
 
-def _flat(outputs: Outputs) -> np.ndarray:
-    """All floating-point outputs of each sample, one after the other."""
+def _rows(outputs: Outputs) -> np.ndarray:
+    """All floating-point outputs of each sample, one after the other; those of other numbers where there are none."""
     rows = len(outputs[0]) if outputs[0].ndim else 1
+    kinds = "f" if any(o.dtype.kind == "f" for o in outputs) else "biu"
     parts = [
-        o.reshape(rows, -1).astype(np.float64) for o in outputs if o.dtype.kind == "f" and o.size and o.size % rows == 0
+        o.reshape(rows, -1).astype(np.float64)
+        for o in outputs
+        if o.dtype.kind in kinds and o.size and o.size % rows == 0
     ]
     return np.concatenate(parts, axis=1) if parts else np.zeros((rows, 1))
 
 
+def _pair(outputs: Outputs, reference: Outputs) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of both models, with zeros where one of them is not finite: :func:`_broken` sees to those."""
+    a, b = _rows(outputs), _rows(reference)
+    comparable = np.isfinite(a) & np.isfinite(b)
+    return np.where(comparable, a, 0.0), np.where(comparable, b, 0.0)
+
+
+def _broken(outputs: Outputs, reference: Outputs) -> np.ndarray:
+    """Which samples are NaN or infinite somewhere where the original is finite."""
+    return (~np.isfinite(_rows(outputs)) & np.isfinite(_rows(reference))).any(axis=1)
+
+
 def _cosine(outputs: Outputs, reference: Outputs, labels: np.ndarray | None) -> np.ndarray:
-    a, b = _flat(outputs), _flat(reference)
+    a, b = _pair(outputs, reference)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return np.where(norms > 0, (a * b).sum(axis=1) / np.where(norms > 0, norms, 1), (a == b).all(axis=1))
 
@@ -116,12 +136,12 @@ def _decibels(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:
 
 
 def _sqnr(outputs: Outputs, reference: Outputs, labels: np.ndarray | None) -> np.ndarray:
-    a, b = _flat(outputs), _flat(reference)
+    a, b = _pair(outputs, reference)
     return _decibels(np.square(b).sum(axis=1), np.square(a - b).sum(axis=1))
 
 
 def _psnr(outputs: Outputs, reference: Outputs, labels: np.ndarray | None) -> np.ndarray:
-    a, b = _flat(outputs), _flat(reference)
+    a, b = _pair(outputs, reference)
     return _decibels(np.square(np.ptp(b, axis=1)), np.square(a - b).mean(axis=1))
 
 
@@ -136,6 +156,9 @@ METRICS: dict[str, Metric] = {
     "psnr": _psnr,
 }
 """Scores of each sample from (outputs, the original's outputs, labels)."""
+
+WORST = {"cosine": -1.0, "sqnr": -CAP_DB, "psnr": -CAP_DB}
+"""What a broken sample counts as; 0 for the others. Its scores would be those of a class, or of no noise at all."""
 
 NEED_LABELS = ("top1", "top5")
 
@@ -181,19 +204,22 @@ def check_accuracy(
     Raises
     ------
     LowRankError
-        Where labels are needed and missing, or do not fit, or there is no sample.
+        Where labels are needed and missing, or do not fit, there is no sample, or the models return different shapes.
     """
     before: list[np.ndarray] = []
     after: list[np.ndarray] = []
     near: dict[str, list[np.ndarray]] = {name: [] for name in ("agreement", "cosine", "sqnr")}
     kept = _Kept()
-    samples = 0
+    samples = broken = 0
     for feeds, labels in batches:
         reference, outputs = original.run(feeds), compressed.run(feeds)
+        _check_shapes(reference, outputs)
+        spoiled = _broken(outputs, reference)
+        broken += int(spoiled.sum())
         metric = metric or ("top1" if labels is not None else "cosine")
         samples += len(reference[0]) if reference[0].ndim else 1
         for name, scores in near.items():
-            scores.append(METRICS[name](outputs, reference, labels))
+            scores.append(np.where(spoiled, WORST.get(name, 0.0), METRICS[name](outputs, reference, labels)))
         if custom:
             kept.add(reference, outputs, labels)
             continue
@@ -201,17 +227,20 @@ def check_accuracy(
         if metric in NEED_LABELS:
             _check_labels(metric, reference[0], labels)
         before.append(score(reference, reference, labels))
-        after.append(score(outputs, reference, labels))
+        after.append(np.where(spoiled, WORST.get(metric, 0.0), score(outputs, reference, labels)))
     if not samples or metric is None:
         raise LowRankError("the evaluation data holds no sample: at least one was expected")
     others = {name: float(np.mean(np.concatenate(scores))) for name, scores in near.items() if name != metric}
     others = {name: value for name, value in others.items() if np.isfinite(value)}
     if custom:
-        first, second = kept.figure(custom, 0), kept.figure(custom, 1)
-        return Accuracy(metric, first, second, first - second, float("nan"), samples, others)
-    each, others_each = np.concatenate(before), np.concatenate(after)
-    first, second = float(each.mean()), float(others_each.mean())
-    return Accuracy(metric, first, second, first - second, drop_upper(each, others_each), samples, others)
+        first, second, upper = kept.figure(custom, 0), kept.figure(custom, 1), float("nan")
+        if np.isnan(first):
+            raise LowRankError("the metric returned nan for the original model: a number was expected")
+    else:
+        each, others_each = np.concatenate(before), np.concatenate(after)
+        first, second, upper = float(each.mean()), float(others_each.mean()), drop_upper(each, others_each)
+    # of a model that returns NaN nothing can be promised, not even where the original is wrong as well
+    return Accuracy(metric, first, second, first - second, float("inf") if broken else upper, samples, others, broken)
 
 
 class _Kept:
@@ -233,6 +262,15 @@ class _Kept:
             raise LowRankError(f"the metric returned {value!r}: one number was expected") from error
 
 
+def _check_shapes(reference: Outputs, outputs: Outputs) -> None:
+    for index, (first, second) in enumerate(zip(reference, outputs, strict=True)):
+        if first.shape != second.shape:
+            raise LowRankError(
+                f"output {index} has shape {list(first.shape)} from the original and {list(second.shape)} from the "
+                f"other: two versions of one model were expected"
+            )
+
+
 def _check_labels(metric: str, scores: np.ndarray, labels: np.ndarray | None) -> None:
     if labels is None:
         raise LowRankError(f"metric {metric} needs labels, and the evaluation data has none: use agreement or cosine")
@@ -250,30 +288,38 @@ def _check_labels(metric: str, scores: np.ndarray, labels: np.ndarray | None) ->
 def drop_upper(before: np.ndarray, after: np.ndarray) -> float:
     """Upper bound of the mean of (before - after), one-sided, at 95 %, from paired scores.
 
-    For scores that are right or wrong, the adjusted Wald interval for paired proportions, which stays honest
-    where hardly any sample differs; otherwise the paired t interval.
+    For scores that are right or wrong, from the exact limits of the shares that were lost and gained, which stays
+    honest where hardly any sample differs: of n samples that all agree, about 3 / n. Otherwise the paired t interval.
 
     References
     ----------
-    Agresti & Min (2005), "Simple improved confidence intervals for comparing matched proportions", Statistics
-    in Medicine 24, section 3: half a sample added to each of the four cells.
+    Clopper & Pearson (1934), "The use of confidence or fiducial limits illustrated in the case of the binomial": the
+    limits. Newcombe (1998), "Improved confidence intervals for the difference between binomial proportions based on
+    paired data", Statistics in Medicine 17, method 10: how they and their correlation make a limit of the difference.
 
     Examples
     --------
     >>> same = np.ones(598)
     >>> round(drop_upper(same, same), 4)
-    0.0027
+    0.005
     """
     n = len(before)
     difference = before - after
     if np.isin(difference, (-1, 0, 1)).all() and np.isin(before, (0, 1)).all():
-        lost, gained = np.sum(difference > 0) + 0.5, np.sum(difference < 0) + 0.5
-        total = n + 2
-        spread = np.sqrt(lost + gained - (lost - gained) ** 2 / total)
-        return float((lost - gained + stats.norm.ppf(CONFIDENCE) * spread) / total)
+        return _paired_upper(int(np.sum(difference > 0)), int(np.sum(difference < 0)), n)
     if n < 2:
         return float("nan")
     return float(difference.mean() + stats.t.ppf(CONFIDENCE, n - 1) * difference.std(ddof=1) / np.sqrt(n))
+
+
+def _paired_upper(lost: int, gained: int, n: int) -> float:
+    """Upper limit of the share lost minus the share gained."""
+    p, q = lost / n, gained / n
+    above = (stats.beta.ppf(CONFIDENCE, lost + 1, n - lost) if lost < n else 1.0) - p
+    below = q - (stats.beta.ppf(1 - CONFIDENCE, gained, n - gained + 1) if gained else 0.0)
+    # no sample is both lost and gained: the more of one, the fewer of the other
+    correlation = -np.sqrt(p * q / ((1 - p) * (1 - q))) if max(p, q) < 1 else 0.0
+    return float(p - q + np.sqrt(above**2 - 2 * correlation * above * below + below**2))
 
 
 def check_latency(

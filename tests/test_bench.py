@@ -105,18 +105,11 @@ def test_a_rewritten_model_that_is_not_valid_is_refused() -> None:
 
 
 def test_a_model_that_no_runtime_can_run_is_refused_before_the_work() -> None:
-    strange = tiny.classifier()
-    strange.graph.node[1].op_type = "Gelatinize"
-    with (
-        pytest.raises(LowRankError, match=r"ONNX Runtime cannot load the model: .*Gelatinize"),
-        open_bench(planner(strange)),
-    ):
+    # its sizes are all known, so that nothing but the bench has to run it
+    work = planner(tiny.strange("strange.domain.Relu"))
+    with pytest.raises(LowRankError, match="ONNX Runtime cannot load the model"), open_bench(work):
         pass
-    one_input = tiny.classifier()
-    one_input.graph.node[2].op_type = "MatMul"  # loads, but does not run: 24 columns meet 10 rows
-    del one_input.graph.node[2].attribute[:]
-    with pytest.raises(LowRankError, match="the model"), open_bench(planner(one_input)):
-        pass
+    assert work.seconds == {}
 
 
 def test_a_metric_of_ones_own_sees_all_outputs_and_labels_at_once(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ import pytest
 import models
 from onnx_lowrank.cli import main
 from tests import tiny
-from tests.helpers import parse, stored, with_stored
 from tests.helpers import run as run_model
+from tests.helpers import stored, with_stored
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK = "--methods svd,spatial_svd --align 1 --jobs 1"
@@ -80,14 +80,6 @@ def choice(layer: object = "first", method: object = "svd", rank: object = 2) ->
     return {"layers": [layer], "decomposition": method, "rank": rank}
 
 
-def strange(operator: str) -> onnx.ModelProto:
-    """A model with an operator that nobody knows, after a layer."""
-    text = f"g (float[N, 16] x) => (float[N, 8] y) {{ h = MatMul (x, w) y = {operator} (h) }}"
-    model = parse(text, w=np.ones((16, 8), "float32"))
-    model.opset_import.append(onnx.helper.make_opsetid("strange.domain", 1))
-    return model
-
-
 def prepare(folder: Path) -> None:
     """One of everything that cannot be used."""
     x = tiny.inputs(40)
@@ -101,8 +93,8 @@ def prepare(folder: Path) -> None:
     nan = np.full((24, 16), np.nan, "float32")
     tiny.save(with_stored(tiny.classifier(), "w1", nan), folder / "nan.onnx")
     tiny.save(tiny.without_layers(), folder / "relu.onnx")
-    tiny.save(strange("Gelatinize"), folder / "operator.onnx")
-    tiny.save(strange("strange.domain.Relu"), folder / "domain.onnx")
+    tiny.save(tiny.strange("Gelatinize"), folder / "operator.onnx")
+    tiny.save(tiny.strange("strange.domain.Relu"), folder / "domain.onnx")
     tiny.save_data(folder / "other_name.npz", z=x)
     tiny.save_data(folder / "other_shape.npz", x=x[:, :15])
     tiny.save_data(folder / "whole_numbers.npz", x=np.ones((40, 16), "int64"))
@@ -499,7 +491,7 @@ def test_inspect_says_what_is_there_and_what_it_could_become(folder: Path, run: 
 
 
 def test_inspect_shows_a_model_that_no_runtime_could_run(folder: Path, run: Run) -> None:
-    tiny.save(strange("Gelatinize"), Path("operator.onnx"))
+    tiny.save(tiny.strange("Gelatinize"), Path("operator.onnx"))
     code, out, _ = run("inspect operator.onnx --methods svd --jobs 1")
     assert code == 0
     assert "128 MACs" in out

@@ -44,6 +44,14 @@ def without_layers() -> onnx.ModelProto:
     return parse("g (float[N, 16] x) => (float[N, 16] y) { [relu] y = Relu (x) }")
 
 
+def strange(operator: str) -> onnx.ModelProto:
+    """A model with an operator that nobody knows, after a layer."""
+    text = f"g (float[N, 16] x) => (float[N, 8] y) {{ h = MatMul (x, w) y = {operator} (h) }}"
+    model = parse(text, w=np.ones((16, 8), "float32"))
+    model.opset_import.append(onnx.helper.make_opsetid("strange.domain", 1))
+    return model
+
+
 def pictures() -> onnx.ModelProto:
     """A convolution of pictures of 8 x 8 and their mean: 8 classes."""
     text = """g (float[N, 3, 8, 8] x) => (float[N, 8, 1, 1] y) {
