@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,12 @@ from onnx_lowrank.data import load_function
 from onnx_lowrank.graph.check import check_model
 from onnx_lowrank.graph.constants import external_place
 from onnx_lowrank.graph.find import model_cost
-from onnx_lowrank.graph.model import Model, all_graphs
+from onnx_lowrank.graph.model import Model, all_graphs, load
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.report.data import Size
 from onnx_lowrank.rewrite import LayerReport
-from onnx_lowrank.runtime import RunSettings, Session
+from onnx_lowrank.runtime import RunSettings, Session, give_back_memory
 from onnx_lowrank.subject import open_config_data, shapes_of
 from onnx_lowrank.types import LowRankError, Plan
 from onnx_lowrank.verify import (
@@ -42,12 +42,25 @@ RANDOM_SAMPLES = 8
 """Made up where no data is given, to see at least that the result runs and stays near the original."""
 
 
+LARGE = 1 << 26
+"""Models of more bytes than this wait on disk while they are measured, not in memory."""
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A model where a session can load it; in memory too where it is small."""
+
+    path: Path
+    size: Size
+    model: Model | None
+
+
 @dataclass(frozen=True)
 class Attempt:
-    """One plan carried out and measured."""
+    """One plan carried out and measured; `model` is None where it is only at `path`."""
 
     plan: Plan
-    model: Model
+    model: Model | None
     path: Path
     layers: tuple[LayerReport, ...]
     size: Size
@@ -67,6 +80,7 @@ class Bench:
         given = subject.model.path if subject.model.path and not planner.config.fold_batchnorm else None
         self._path = given or self._write(subject.model)
         self._original: Session | None = None
+        self._tested: tuple[Path, Session] | None = None
         # what ONNX Runtime cannot load or run is told before the work; this session goes again, for its memory
         Session(self._path, self._settings).run(subject.feeds())
         self._objection = check_model(self._path)
@@ -90,10 +104,22 @@ class Bench:
             self._original = Session(self._path, self._settings)
         return self._original
 
+    def _session_of(self, path: Path) -> Session:
+        """A model under test; the one before it goes."""
+        if path == self._path:
+            return self._session
+        if self._tested is None or self._tested[0] != path:
+            self._tested = None
+            give_back_memory()
+            self._tested = path, Session(path, self._settings)
+        return self._tested[1]
+
     def attempt(self, plan: Plan) -> Attempt:
         """Carry out `plan` and measure what comes out."""
         model, layers = self.planner.carry_out(plan)
-        return self.measure(model, plan, layers)
+        placed = self._place(model)
+        del model  # a large one is on disk now, and two sessions are about to need the memory
+        return self._measure(placed, plan, layers)
 
     def measure(self, model: Model, plan: Plan, layers: tuple[LayerReport, ...]) -> Attempt:
         """Check a model against the original.
@@ -103,22 +129,40 @@ class Bench:
         LowRankError
             Where ONNX or ONNX Runtime refuses it, or it returns something else than the original.
         """
-        path = self._path if model is self.planner.subject.model else self._write(model)
+        return self._measure(self._place(model), plan, layers)
+
+    def _place(self, model: Model) -> _Placed:
+        subject = self.planner.subject
+        path = self._path if model is subject.model else self._write(model)
         with self.planner.stage("verify"):
             objection = check_model(path)
-            if objection and not self._objection:
-                raise LowRankError(f"the rewritten model is not valid, please report this: {objection}")
-            session = Session(path, self._settings) if path != self._path else self._session
-            if session.outputs != self._session.outputs:
+        if objection and not self._objection:
+            raise LowRankError(f"the rewritten model is not valid, please report this: {objection}")
+        cost, _ = model_cost(model, shapes_of(model, subject.inputs, subject.sample_shapes))
+        size = self.original.size_bytes if path == self._path else _bytes(path.parent.iterdir())
+        keep = size < LARGE or path == self._path or bool(_data_files(model))
+        return _Placed(path, Size(cost.macs, cost.params, size), model if keep else None)
+
+    def _measure(self, placed: _Placed, plan: Plan, layers: tuple[LayerReport, ...]) -> Attempt:
+        path = placed.path
+        give_back_memory()
+        with self.planner.stage("verify"):
+            original, session = self._session, self._session_of(path)
+            if session.outputs != original.outputs:
                 raise LowRankError("the two models have different outputs: two versions of one model were expected")
             name, metric = self._metric
-            accuracy = check_accuracy(self._session, session, self._batches(), name, metric)
-        cost, _ = model_cost(model, shapes_of(model, self.planner.subject.inputs, self.planner.subject.sample_shapes))
-        size = self.original.size_bytes if path == self._path else _bytes(path.parent.iterdir())
-        return Attempt(plan, model, path, layers, Size(cost.macs, cost.params, size), accuracy)
+            accuracy = check_accuracy(original, session, self._batches(), name, metric)
+        return Attempt(plan, placed.model, path, layers, placed.size, accuracy)
+
+    def model_of(self, attempt: Attempt) -> Model:
+        """The model of an attempt, after which nothing more is measured: the sessions make room for it."""
+        self._original = self._tested = None
+        if attempt.model is not None:
+            return attempt.model
+        return replace(load(attempt.path), path=self.planner.subject.model.path)
 
     def latency(self, attempt: Attempt) -> Latency:
-        """Time an attempt against the original, each in a fresh session."""
+        """Time an attempt against the original."""
         config, subject = self.planner.config, self.planner.subject
         feeds = (
             subject.feeds(config.batch_size)
@@ -126,8 +170,7 @@ class Bench:
             else first_feeds(self._data.batches(config.batch_size))
         )
         with self.planner.stage("latency"):
-            session = Session(attempt.path, self._settings)
-            return check_latency(self._session, session, feeds, self._settings)
+            return check_latency(self._session, self._session_of(attempt.path), feeds, self._settings)
 
     def _batches(self) -> Batches:
         progress = self.planner.progress

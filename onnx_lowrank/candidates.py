@@ -176,10 +176,11 @@ def group_candidates(
         cheaper = [c for c in (price(group, name, rank, math.inf) for rank in grid) if saves(c, dense)]
         if not cheaper:
             kept = group.layers[0].weight_kept
-            reasons.append(
+            reasons.insert(
+                0,
                 "something else reads its kernel too, which would stay in the file beside the new ones"
                 if kept
-                else f"too small: {name} saves nothing at any rank of its grid"
+                else f"too small: {name} saves nothing at any rank of its grid",
             )
             continue
         if weights is None:
@@ -189,7 +190,8 @@ def group_candidates(
         )
         found += [_with_error(c, float(e)) for c, e in zip(cheaper, errors, strict=True)]
     if not found:
-        why = reasons[-1] if reasons else f"none of the methods {', '.join(methods)} applies"
+        # a method that applies and saves nothing says more than one that does not apply
+        why = reasons[0] if reasons else f"none of the methods {', '.join(methods)} applies"
         return (dense,), Skip(group.names[0], group.layers[0].op_type, why)
     return (dense, *pareto(found)), None
 

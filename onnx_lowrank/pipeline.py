@@ -250,7 +250,8 @@ def _finish(bench: Bench, given: Any, best: Attempt) -> Result:
         not best.layers,
         planner.config.to_dict(),
     )
-    return Result(from_proto(best.model.proto, given), best.plan, report, best.model)
+    model = bench.model_of(best)
+    return Result(from_proto(model.proto, given), best.plan, report, model)
 
 
 def _advice(planner: Planner, best: Attempt, latency: Latency) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,6 +127,14 @@ class Session:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
+
+
+def give_back_memory() -> None:
+    """Return what was freed to the system. glibc keeps blocks under 32 MiB, which is most of a large model's weights."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another system, which has its own way
+        return
 
 
 def available_providers() -> tuple[str, ...]:

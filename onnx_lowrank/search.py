@@ -21,6 +21,8 @@ SEARCH_STEPS = 7
 CORRECTIONS = 4
 """Plans made in turn for budgets that only the finished model can be measured on."""
 
+NOTHING_TO_GAIN = "nothing here is worth decomposing: the model is left as it is"
+
 SLACK = 0.99
 """Taken off a corrected budget, so that the next plan does not miss by a rounding."""
 
@@ -28,7 +30,9 @@ SLACK = 0.99
 def budget_results(
     config: Config, original: Size, attempt: Attempt, latency: Latency | None
 ) -> tuple[BudgetResult, ...]:
-    """Everything asked for, and what `attempt` reached."""
+    """Everything asked for, and what `attempt` reached; nothing is held against a model that has nothing to give."""
+    if NOTHING_TO_GAIN in attempt.plan.notes:
+        return ()
     results = []
     for budget in config.budget:
         reached = _reached(budget.metric, original, attempt, latency)
@@ -57,7 +61,7 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
     """The most accurate plan within all budgets, or the nearest to them that was found."""
     budgets = planner.config.budget
     if planner.hopeless:
-        return bench.attempt(planner.dense("nothing here is worth decomposing: the model is left as it is"))
+        return bench.attempt(planner.dense(NOTHING_TO_GAIN))
     ratios = {budget.metric: budget.ratio for budget in budgets}
     measured = [metric for metric in ratios if metric in MEASURED]
     best: Attempt | None = None
@@ -107,7 +111,7 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
     metric = MEASURED.get(config.objective, config.objective)
     best = bench.attempt(planner.dense())
     if planner.hopeless:
-        return bench.attempt(planner.dense("nothing here is worth decomposing: the model is left as it is"))
+        return bench.attempt(planner.dense(NOTHING_TO_GAIN))
     if _drop(best.accuracy) > config.max_drop:
         return bench.attempt(planner.dense(_too_few(best.accuracy, config.max_drop)))
     low, high = planner.smallest(metric).ratio(metric), 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,11 @@ class Latency:
     placement: dict[str, int]
 
 
+def _samples(outputs: Outputs) -> int:
+    """Samples in a batch; one where the model returns a single number."""
+    return len(outputs[0]) if outputs[0].ndim else 1
+
+
 def _classes(outputs: Outputs) -> np.ndarray:
     """Index of the largest score: axis 1 is that of the classes, in a classifier and in a segmentation alike."""
     return outputs[0].argmax(axis=1)
@@ -92,13 +97,13 @@ def _top5(outputs: Outputs, reference: Outputs, labels: np.ndarray) -> np.ndarra
 
 def _agreement(outputs: Outputs, reference: Outputs, labels: np.ndarray | None) -> np.ndarray:
     if outputs[0].ndim < 2:
-        return np.full(len(outputs[0]), np.nan)
+        return np.full(_samples(outputs), np.nan)
     return _per_sample(_classes(outputs) == _classes(reference))
 
 
 def _rows(outputs: Outputs) -> np.ndarray:
     """All floating-point outputs of each sample, one after the other; those of other numbers where there are none."""
-    rows = len(outputs[0]) if outputs[0].ndim else 1
+    rows = _samples(outputs)
     kinds = "f" if any(o.dtype.kind == "f" for o in outputs) else "biu"
     parts = [
         o.reshape(rows, -1).astype(np.float64)
@@ -217,7 +222,7 @@ def check_accuracy(
         spoiled = _broken(outputs, reference)
         broken += int(spoiled.sum())
         metric = metric or ("top1" if labels is not None else "cosine")
-        samples += len(reference[0]) if reference[0].ndim else 1
+        samples += _samples(reference)
         for name, scores in near.items():
             scores.append(np.where(spoiled, WORST.get(name, 0.0), METRICS[name](outputs, reference, labels)))
         if custom:
@@ -253,13 +258,22 @@ class _Kept:
         self._batches.append((reference, outputs, labels))
 
     def figure(self, custom: CustomMetric, which: int) -> float:
-        outputs = [np.concatenate(parts) for parts in zip(*(batch[which] for batch in self._batches), strict=True)]
+        outputs = [_joined(parts) for parts in zip(*(batch[which] for batch in self._batches), strict=True)]
         labels = [batch[2] for batch in self._batches if batch[2] is not None]
         value = custom(outputs, np.concatenate(labels) if labels else None)
         try:
             return float(value)
         except (TypeError, ValueError) as error:
             raise LowRankError(f"the metric returned {value!r}: one number was expected") from error
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One output of all batches, along the samples."""
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise LowRankError(
+            "a metric of one's own gets all outputs at once, and they differ in size: evaluate on inputs of one size"
+        )
+    return np.concatenate([np.atleast_1d(part) for part in parts])
 
 
 def _check_shapes(reference: Outputs, outputs: Outputs) -> None:
@@ -282,6 +296,12 @@ def _check_labels(metric: str, scores: np.ndarray, labels: np.ndarray | None) ->
         raise LowRankError(
             f"labels of shape {list(labels.shape)} do not fit the first output {list(scores.shape)}: one class for "
             f"each sample (and position) was expected"
+        )
+    # in a segmentation some classes stand for "do not count", by a number beyond the scores
+    if labels.dtype.kind not in "iu" or (labels.ndim == 1 and not ((labels >= 0) & (labels < scores.shape[1])).all()):
+        raise LowRankError(
+            f"labels must be numbers of classes from 0 to {scores.shape[1] - 1}, the places in the model's scores: "
+            f"{labels.dtype} up to {labels.max()} was given"
         )
 
 

@@ -502,7 +502,7 @@ def test_what_cannot_be_used_is_said_by_one_error(options: dict[str, Any], match
 def test_what_is_no_model_is_refused(model: Any) -> None:
     for use in (lr.compress, lr.analyze, lr.inspect):
         with pytest.raises(lr.LowRankError, match=f"a model of type {type(model).__name__} was given: a path"):
-            use(model, **({} if use is lr.inspect else {"budget": {"macs": 0.5}}))
+            use(model, config=lr.make_config(budget="macs=0.5"))
     with pytest.raises(lr.LowRankError, match="a model of type"):
         lr.verify(tiny.classifier(), model)
 
@@ -541,3 +541,21 @@ def test_a_graphsurgeon_graph_comes_back_as_one() -> None:
     exported = gs.export_onnx(result.model)
     exported.ir_version = 8
     np.testing.assert_array_equal(run(exported, x)[0], run(expected.model, x)[0])
+
+
+def test_calibration_samples_make_a_better_model_and_the_same_bytes_from_the_same_plan(tmp_path: Path) -> None:
+    # inputs that lie in 4 of 16 dimensions: what the kernel does to the others does not matter, and only data tell
+    low = np.random.default_rng(0).standard_normal((400, 4)) @ np.random.default_rng(1).standard_normal((4, 16))
+    data = [{"x": low[:200].astype("float32")}]
+    model = parse("g (float[N, 16] x) => (float[N, 16] y) { [only] y = MatMul (x, w) }", w=normal(16, 16))
+    options: dict[str, Any] = {"budget": {"macs": 0.5}, "evaluate": [{"x": low[200:].astype("float32")}], **QUICK}
+    blind, told = lr.compress(model, **options), lr.compress(model, calibrate=data, **options)
+    assert ranks(blind) == ranks(told) == {"only": (4,)}
+    assert blind.report.accuracy is not None and told.report.accuracy is not None
+    assert blind.report.accuracy.others["sqnr"] < 20
+    assert told.report.accuracy.others["sqnr"] > 60
+    assert any("no calibration data" in note for note in blind.report.notes)
+    assert not any("no calibration data" in note for note in told.report.notes)
+    plan = lr.analyze(model, calibrate=data, **options)
+    again = lr.apply(model, plan, calibrate=data, **QUICK)
+    assert saved(again, tmp_path / "b.onnx") == saved(told, tmp_path / "a.onnx")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -121,8 +120,12 @@ def _limit(budget: Budget, rest: Cost, original: Cost) -> int:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Nothing on the process's standard output: HiGHS leaves a line of its debugging there that no option turns off."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed: nothing can be printed there
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:
         yield

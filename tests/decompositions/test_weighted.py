@@ -23,7 +23,14 @@ from onnx_lowrank.types import ConvSpec, LayerStatistics
 
 OUT, IN, KERNEL = 12, 8, (3, 3)
 SPEC = ConvSpec((OUT, IN, *KERNEL), pads=(1, 1, 1, 1))
-RANKS = {"channel_svd": (5,), "channel_svd_in": (4,), "spatial_svd": (6,), "tucker2": (6, 4), "cp3": (16,), "cp4": (16,)}
+RANKS = {
+    "channel_svd": (5,),
+    "channel_svd_in": (4,),
+    "spatial_svd": (6,),
+    "tucker2": (6, 4),
+    "cp3": (16,),
+    "cp4": (16,),
+}
 FULL = {name: lift.max_rank(DECOMPOSITIONS[name], [SPEC]) for name in RANKS}
 
 
