@@ -266,6 +266,8 @@ def _advice(planner: Planner, best: Attempt, latency: Latency) -> tuple[str, ...
             f"the result is slower than the original ({latency.speedup:.2f}x): its layers are too small for this machine "
             f"to gain; use --max-drop, or leave layers out with --exclude"
         )
+    if best.accuracy.broken:
+        notes.append(f"{best.accuracy.broken} sample(s) give NaN or infinity: do not use this model")
     stuck = [layer.name for layer in best.layers if not layer.converged]
     if stuck:
         notes.append(f"{len(stuck)} factorisation(s) stopped before they converged: {', '.join(stuck[:3])}")

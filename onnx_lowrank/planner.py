@@ -11,9 +11,9 @@ from typing import TypeVar
 import numpy as np
 
 from onnx_lowrank.budgets import BUDGET_SOLVERS
-from onnx_lowrank.calibrate import collect
+from onnx_lowrank.calibrate import collect, patch_length
 from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded
-from onnx_lowrank.config import MEASURED, Config
+from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.parallel import run_all
@@ -27,6 +27,15 @@ CALIBRATION_SAMPLES = 1024
 """Samples that layers are fitted on at most; a few hundred do nearly as well."""
 
 CALIBRATION_BATCH = 64
+
+QUICK_KERNEL = 1 << 17
+"""Elements of a kernel up to which CP is tried by default: a larger one takes seconds to half a minute, each."""
+
+QUICK_PATCH = 1152
+"""Length of the input patches up to which iterative fits to data are tried by default."""
+
+CLOSED_FORM = ("svd", "channel_svd")
+"""The fits to data without iterations."""
 
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
@@ -62,12 +71,24 @@ class Planner:
             block = self.config.align or block_size()
             seen = self._statistics()
             made = self._for_each_group(
-                partial(_candidates_of, methods=self.config.methods, block=block),
-                [partial(_with_statistics, group, seen.get(group.names[0])) for group in self.subject.groups],
+                partial(_candidates_of, block=block),
+                [
+                    partial(_task, group, self._methods(group), seen.get(group.names[0]))
+                    for group in self.subject.groups
+                ],
             )
             self._candidates = [candidates for candidates, _ in made]
             self._refused = tuple(skip for _, skip in made if skip)
         return self._candidates
+
+    def _methods(self, group: Group) -> tuple[str, ...]:
+        """The methods for a group: those asked for, or by default those whose fit is a matter of seconds."""
+        methods, spec = self.config.methods, group.layers[0].spec
+        if methods != METHODS:
+            return methods
+        if self.config.calibrate is not None:
+            return methods if patch_length(spec) <= QUICK_PATCH else CLOSED_FORM
+        return methods if spec.params <= QUICK_KERNEL else tuple(name for name in methods if name != "cp3")
 
     def _statistics(self) -> dict[str, LayerStatistics]:
         """What the layers see, where there are samples to see it on."""
@@ -172,12 +193,13 @@ class Planner:
             )
 
 
-def _with_statistics(group: Group, seen: LayerStatistics | None) -> tuple[Group, LayerStatistics | None]:
-    return loaded(group), seen
+_Task = tuple[Group, tuple[str, ...], "LayerStatistics | None"]
 
 
-def _candidates_of(
-    task: tuple[Group, LayerStatistics | None], methods: Sequence[str], block: int
-) -> tuple[tuple[Candidate, ...], Skip | None]:
-    group, seen = task
+def _task(group: Group, methods: tuple[str, ...], seen: LayerStatistics | None) -> _Task:
+    return loaded(group), methods, seen
+
+
+def _candidates_of(task: _Task, block: int) -> tuple[tuple[Candidate, ...], Skip | None]:
+    group, methods, seen = task
     return group_candidates(group, methods, block, seen)

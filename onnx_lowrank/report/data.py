@@ -74,8 +74,8 @@ class Report:
 
     @property
     def met(self) -> bool:
-        """Whether everything asked for was reached."""
-        return all(budget.met for budget in self.budgets)
+        """Whether everything asked for was reached, with outputs that are numbers."""
+        return not (self.accuracy and self.accuracy.broken) and all(budget.met for budget in self.budgets)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: plain values, and null where a figure is not a number."""
