@@ -99,6 +99,12 @@ def fix_signs(vectors: np.ndarray) -> np.ndarray:
     return vectors * np.where(signs == 0, 1.0, signs)
 
 
+def unit_columns(factor: np.ndarray) -> np.ndarray:
+    """Columns divided by their norms; a zero column stays zero."""
+    norms = np.linalg.norm(factor, axis=0)
+    return factor / np.where(norms == 0, 1.0, norms)
+
+
 def truncated_svd(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Best approximation ``left @ right`` of rank `rank` (Eckart & Young 1936).
 

@@ -11,19 +11,14 @@ from onnx_lowrank.decompositions.weighted import (
     FURTHER,
     LONG,
     SHORT,
-    ChannelMap,
-    WeightedFit,
-    block_mean,
+    fit_first_stage,
     interpolated_errors,
     leading_outputs,
     level,
     output_energy,
     output_spectrum,
-    root_and_inverse,
-    unit_rows,
-    variable_projection,
 )
-from onnx_lowrank.linalg import leading_basis, mode_dot, tail_energy, unfold
+from onnx_lowrank.linalg import tail_energy
 from onnx_lowrank.types import ConvSpec, Factorization
 
 
@@ -105,37 +100,11 @@ class ChannelSVDIn(ChannelSVD):
         return pointwise(right, len(shape) - 2), second
 
     def weighted_errors(self, weight: np.ndarray, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
-        return interpolated_errors(lambda rank: fit_channels(weight, moment, rank, SHORT)[1].error, ranks)
+        return interpolated_errors(lambda rank: fit_first_stage(weight, moment, rank, SHORT)[1].error, ranks)
 
     def weighted_fit(
         self, weight: np.ndarray, moment: np.ndarray, rank: int, start: np.ndarray | None
     ) -> Factorization:
-        stage, fit = fit_channels(weight, moment, rank, LONG if start is None else FURTHER, start=start)
-        out, ones = len(weight), (1,) * (weight.ndim - 2)
-        second = fit.outer.reshape(out, rank, *weight.shape[2:])
-        return Factorization(((stage.reshape(*stage.shape, *ones), second),), float(np.sqrt(fit.error)))
-
-
-def fit_channels(
-    weight: np.ndarray,
-    moment: np.ndarray,
-    rank: int,
-    iterations: int,
-    out_rank: int | None = None,
-    start: np.ndarray | None = None,
-) -> tuple[np.ndarray, WeightedFit]:
-    """A pointwise stage (rank, I) and what follows it, (O, rank * k), restricted to `out_rank` where that is given.
-
-    Goes on from the stage `start`, or begins at the principal directions of the kernel in whitened input channels.
-    """
-    out, inner = weight.shape[:2]
-    target = weight.reshape(out, -1)
-    positions = target.shape[1] // inner
-    root, unwhiten = root_and_inverse(block_mean(moment, inner, positions, keep="outer"))
-    if start is None:
-        first = leading_basis(unfold(mode_dot(weight, root, 1), 1), rank).T
-    else:
-        first = unit_rows(start.reshape(rank, inner) @ root)
-    mapped = ChannelMap(unwhiten, positions)
-    fit = variable_projection(target, moment, mapped, first, iterations=iterations, out_rank=out_rank)
-    return mapped.stage(fit.parameters), fit
+        stage, fit = fit_first_stage(weight, moment, rank, LONG if start is None else FURTHER, start=start)
+        second = fit.outer.reshape(len(weight), rank, *weight.shape[2:])
+        return Factorization(((pointwise(stage, weight.ndim - 2), second),), float(np.sqrt(fit.error)))

@@ -24,7 +24,6 @@ from onnx_lowrank.decompositions.cp_algorithms import (
     pencil_start,
     relative_residual,
     tensor_power,
-    unit_columns,
 )
 from onnx_lowrank.decompositions.matrix import is_pointwise, pointwise
 from onnx_lowrank.decompositions.weighted import (
@@ -38,7 +37,7 @@ from onnx_lowrank.decompositions.weighted import (
     root_and_inverse,
     variable_projection,
 )
-from onnx_lowrank.linalg import squared_norm, unfold
+from onnx_lowrank.linalg import squared_norm, unfold, unit_columns
 from onnx_lowrank.types import Chain, ConvSpec, Factorization, LayerStatistics, LowRankError, Rank, Stage
 
 ALGORITHMS = ("als", "tpm", "tpm+als")

@@ -17,7 +17,7 @@ from functools import reduce
 import numpy as np
 import scipy.optimize
 
-from onnx_lowrank.linalg import leading_basis, mode_dot, squared_norm, tail_energy, unfold
+from onnx_lowrank.linalg import leading_basis, mode_dot, squared_norm, tail_energy, unfold, unit_columns
 
 Factors = tuple[np.ndarray, ...]
 
@@ -89,12 +89,6 @@ def compose(factors: Sequence[np.ndarray]) -> np.ndarray:
 def component_norms(factors: Sequence[np.ndarray]) -> np.ndarray:
     """Norm of each component, shape (rank,)."""
     return reduce(np.multiply, [np.linalg.norm(factor, axis=0) for factor in factors])
-
-
-def unit_columns(factor: np.ndarray) -> np.ndarray:
-    """Columns divided by their norms; a zero column stays zero."""
-    norms = np.linalg.norm(factor, axis=0)
-    return factor / np.where(norms == 0, 1.0, norms)
 
 
 def balance(factors: Sequence[np.ndarray]) -> Factors:

@@ -11,16 +11,10 @@ from onnx_lowrank.decompositions.weighted import (
     FURTHER,
     LONG,
     SHORT,
-    SpatialMap,
-    WeightedFit,
-    block_mean,
+    fit_first_stage,
     interpolated_errors,
     level,
-    root_and_inverse,
-    unit_rows,
-    variable_projection,
 )
-from onnx_lowrank.linalg import leading_basis
 from onnx_lowrank.types import ConvSpec, Factorization
 
 
@@ -64,30 +58,17 @@ class SpatialSVD(MatrixDecomposition):
         return right.reshape(-1, inner, first, *ones), second[:, :, None]
 
     def weighted_errors(self, weight: np.ndarray, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
-        return interpolated_errors(lambda rank: self._fit(weight, moment, rank, SHORT)[1].error, ranks)
+        columns = self._columns(weight)
+        return interpolated_errors(lambda rank: fit_first_stage(columns, moment, rank, SHORT)[1].error, ranks)
 
     def weighted_fit(
         self, weight: np.ndarray, moment: np.ndarray, rank: int, start: np.ndarray | None
     ) -> Factorization:
-        stage, fit = self._fit(weight, moment, rank, LONG if start is None else FURTHER, start)
-        right, left = level(fit.outer.reshape(len(weight), rank, -1).swapaxes(1, 2).reshape(-1, rank), stage)
-        return Factorization((self.tensorize(right, left, weight.shape),), float(np.sqrt(fit.error)))
+        iterations = LONG if start is None else FURTHER
+        stage, fit = fit_first_stage(self._columns(weight), moment, rank, iterations, start=start)
+        second, first = level(fit.outer.reshape(len(weight), rank, -1).swapaxes(1, 2).reshape(-1, rank), stage)
+        return Factorization((self.tensorize(second, first, weight.shape),), float(np.sqrt(fit.error)))
 
-    def _fit(
-        self, weight: np.ndarray, moment: np.ndarray, rank: int, iterations: int, begin: np.ndarray | None = None
-    ) -> tuple[np.ndarray, WeightedFit]:
-        """First stage (rank, I*kh), and the second after it, (O, rank * kw).
-
-        Started from the principal directions of the matrix in whitened coordinates of its columns.
-        """
-        out, inner, first = weight.shape[:3]
-        target = weight.reshape(out, -1)
-        rest = target.shape[1] // (inner * first)
-        root, unwhiten = root_and_inverse(block_mean(moment, inner * first, rest, keep="outer"))
-        if begin is None:
-            start = leading_basis(root @ self.matricize(weight).T, rank).T
-        else:
-            start = unit_rows(begin.reshape(rank, -1) @ root)
-        mapped = SpatialMap(unwhiten, rest)
-        fit = variable_projection(target, moment, mapped, start, iterations=iterations)
-        return mapped.stage(fit.parameters), fit
+    def _columns(self, weight: np.ndarray) -> np.ndarray:
+        """The kernel as one whose input channels are the first stage's taps: (O, I, kh, kw...) -> (O, I*kh, kw*...)."""
+        return weight.reshape(len(weight), weight.shape[1] * weight.shape[2], -1)

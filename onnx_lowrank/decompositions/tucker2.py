@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_lowrank.decompositions.channel_svd import fit_channels
 from onnx_lowrank.decompositions.matrix import is_pointwise, pointwise
 from onnx_lowrank.decompositions.weighted import (
     FURTHER,
     LONG,
     SHORT,
+    fit_first_stage,
     interpolated_errors,
     output_energy,
     output_spectrum,
@@ -136,7 +136,7 @@ class Tucker2:
         tails: dict[int, np.ndarray] = {}
 
         def fit(r_in: int) -> float:
-            stage, found = fit_channels(weight, moment, r_in, SHORT)
+            stage, found = fit_first_stage(weight, moment, r_in, SHORT)
             dense = mode_dot(found.outer.reshape(len(weight), r_in, *weight.shape[2:]), stage.T, 1)
             energies = output_spectrum(dense.reshape(len(weight), -1), moment)
             tails[r_in] = np.append(np.cumsum(energies[::-1])[::-1], 0.0) / total
@@ -151,7 +151,7 @@ class Tucker2:
     def _weighted_fit(
         self, weight: np.ndarray, moment: np.ndarray, r_out: int, r_in: int, start: np.ndarray | None
     ) -> Factorization:
-        stage, fit = fit_channels(weight, moment, r_in, LONG if start is None else FURTHER, r_out, start)
+        stage, fit = fit_first_stage(weight, moment, r_in, LONG if start is None else FURTHER, r_out, start)
         ndim = weight.ndim - 2
         # the restricted last factor has rank r_out: an orthonormal basis of its columns, and what goes before it
         basis = np.linalg.svd(fit.outer, full_matrices=False)[0][:, :r_out]

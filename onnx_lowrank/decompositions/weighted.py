@@ -27,7 +27,7 @@ import numpy as np
 import scipy.linalg
 from scipy.optimize import minimize
 
-from onnx_lowrank.linalg import fix_signs
+from onnx_lowrank.linalg import fix_signs, leading_basis, mode_dot, unfold, unit_columns
 
 RIDGE = 1e-9
 """Added to G, relative to its mean diagonal: features of a dead input or of a surplus rank stay harmless."""
@@ -170,12 +170,6 @@ def block_mean(moment: np.ndarray, outer: int, inner: int, *, keep: str) -> np.n
     return np.einsum("aibi->ab", blocks) / inner if keep == "outer" else np.einsum("aiaj->ij", blocks) / outer
 
 
-def unit_rows(matrix: np.ndarray) -> np.ndarray:
-    """Rows divided by their norms; a zero row stays zero."""
-    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
-    return matrix / np.where(norms > 0, norms, 1.0)
-
-
 def level(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same product with equal norms in each column of `left` and row of `right`."""
     before, after = np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1)
@@ -185,9 +179,11 @@ def level(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class ChannelMap(InnerMap):
-    """A pointwise stage before a kernel of `positions` taps: parameters (r, in), features (r, positions).
+    """A first stage before `positions` taps of a second: parameters (r, in), features (r, positions).
 
-    Parameters are in whitened input channels (`unwhiten` is the inverse root of their covariance), in which the
+    `in` are the input channels of a pointwise stage, or the channels and taps of a first stage that spans an axis.
+
+    Parameters are in whitened inputs (`unwhiten` is the inverse root of their covariance), in which the
     objective is about as steep in every direction.
     """
 
@@ -262,21 +258,27 @@ def interpolated_errors(fit: Callable[[int], float], ranks: Sequence[int]) -> np
     return np.exp(np.interp(np.log(ranks), np.log(picks), np.log(reached)))
 
 
-@dataclass(frozen=True)
-class SpatialMap(InnerMap):
-    """A stage over the first spatial axis, then `rest` taps of the others: parameters (r, in * first)."""
+def fit_first_stage(
+    weight: np.ndarray,
+    moment: np.ndarray,
+    rank: int,
+    iterations: int,
+    out_rank: int | None = None,
+    start: np.ndarray | None = None,
+) -> tuple[np.ndarray, WeightedFit]:
+    """A stage (rank, in) and what follows it, (O, rank * k), of a kernel (O, in, k...).
 
-    unwhiten: np.ndarray
-    rest: int
-
-    def matrix(self, parameters: np.ndarray) -> np.ndarray:
-        stage = self.stage(parameters)
-        return np.einsum("rh,bc->rbhc", stage, np.eye(self.rest)).reshape(-1, stage.shape[1] * self.rest)
-
-    def pullback(self, parameters: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        blocks = gradient.reshape(len(parameters), self.rest, -1, self.rest)
-        return np.einsum("rbhb->rh", blocks) @ self.unwhiten
-
-    def stage(self, parameters: np.ndarray) -> np.ndarray:
-        """Kernel (r, in * first) of the stage."""
-        return parameters @ self.unwhiten
+    Goes on from the stage `start`, or begins at the principal directions of the kernel in whitened inputs; what follows
+    is restricted to `out_rank` where that is given.
+    """
+    out, inner = weight.shape[:2]
+    target = weight.reshape(out, -1)
+    positions = target.shape[1] // inner
+    root, unwhiten = root_and_inverse(block_mean(moment, inner, positions, keep="outer"))
+    if start is None:
+        first = leading_basis(unfold(mode_dot(weight, root, 1), 1), rank)
+    else:
+        first = unit_columns(root @ start.reshape(rank, inner).T)
+    mapped = ChannelMap(unwhiten, positions)
+    fit = variable_projection(target, moment, mapped, first.T, iterations=iterations, out_rank=out_rank)
+    return mapped.stage(fit.parameters), fit

@@ -11,7 +11,6 @@ from onnx_lowrank.decompositions.weighted import (
     ChannelMap,
     InnerMap,
     RankOneMap,
-    SpatialMap,
     block_mean,
     leading_outputs,
     output_energy,
@@ -180,7 +179,7 @@ def test_the_gradient_is_that_of_finite_differences(kind: str, out_rank: int | N
     _, rows = root_and_inverse(block_mean(stats.covariance, IN * 3, 3, keep="outer"))
     maps: dict[str, tuple[InnerMap, tuple[int, int]]] = {
         "channel": (ChannelMap(unwhiten, 9), (3, IN)),
-        "spatial": (SpatialMap(rows, 3), (3, IN * 3)),
+        "spatial": (ChannelMap(rows, 3), (3, IN * 3)),
         "rank one": (RankOneMap(unwhiten, (9,)), (6, IN + 9)),
         "rank one of two": (RankOneMap(unwhiten, KERNEL), (6, IN + 6)),
     }
