@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,12 @@ POSITIONS = 64
 ROWS_BYTES = 1 << 29
 """Most bytes of patches held at a time, for one layer."""
 
+CHEAP_MOMENT = 1 << 32
+"""Multiplications for a moment that are never saved on."""
+
+MOMENTS_BYTES = 1 << 30
+"""Most bytes of moments summed up in one pass of the samples."""
+
 MAX_PATCH = 8192
 """Longest patch whose moment is formed: beyond that the matrix alone takes half a gigabyte."""
 
@@ -35,50 +41,81 @@ class Activations:
         """A copy that can go its own way; the arrays are shared."""
         return Activations([dict(batch) for batch in self.batches])
 
+    def shift(self, cut: Cut, by: np.ndarray) -> None:
+        """Add one number for each channel, (O,), to a layer's output."""
+        for batch in self.batches:
+            value = batch[cut.output]
+            shape = [1] * value.ndim
+            shape[cut.output_axis] = -1
+            batch[cut.output] = value + by.reshape(shape).astype(value.dtype)
+
     def keep(self, names: frozenset[str]) -> None:
         """Let go of every tensor but these."""
         self.batches = [{name: value for name, value in batch.items() if name in names} for batch in self.batches]
 
 
-def run_segment(segment: Segment, *activations: Activations, threads: int = 0) -> None:
-    """Run the nodes of a segment on every batch, adding what they make."""
-    first = activations[0].batches[0]
-    settings = RunSettings(threads=threads, spin=False)
-    session = Session(segment.serialize({name: first[name].dtype for name in segment.inputs}), settings)
-    for each in activations:
-        for batch in each.batches:
-            made = session.run({name: batch[name] for name in segment.inputs}, segment.outputs)
-            batch.update(zip(segment.outputs, made, strict=True))
+class Running:
+    """A segment in a session, for inputs of the types that `batch` has."""
+
+    def __init__(self, segment: Segment, batch: Mapping[str, np.ndarray]) -> None:
+        self._segment = segment
+        settings = RunSettings(threads=0, spin=False)
+        self._session = Session(segment.serialize({name: batch[name].dtype for name in segment.inputs}), settings)
+
+    def __call__(self, *activations: Activations) -> None:
+        """Add to every batch what the nodes make of it."""
+        for each in activations:
+            for batch in each.batches:
+                made = self._session.run({name: batch[name] for name in self._segment.inputs}, self._segment.outputs)
+                batch.update(zip(self._segment.outputs, made, strict=True))
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """The positions of a layer's output at which it is looked at, for each batch.
+def run_segment(segment: Segment, *activations: Activations) -> None:
+    """Run the nodes of a segment once on every batch."""
+    Running(segment, activations[0].batches[0])(*activations)
+
+
+class Loaded:
+    """Segments that run again and again, each in the session that it had the first time."""
+
+    def __init__(self) -> None:
+        self._running: dict[int, Running] = {}
+
+    def __call__(self, segment: Segment | None, activations: Activations) -> None:
+        """Run a segment, which has to live as long as this does; nothing happens for None."""
+        if segment is None:
+            return
+        if id(segment) not in self._running:
+            self._running[id(segment)] = Running(segment, activations.batches[0])
+        self._running[id(segment)](activations)
+
+
+def sample(cut: Cut, output: np.ndarray, rng: np.random.Generator, samples: int) -> np.ndarray:
+    """Choose positions of one batch.
+
+    ``POSITIONS`` for each sample; fewer where the patches of all would not fit, or where the products of their moment
+    would be more work than running the layer (and more than ``CHEAP_MOMENT``), as long as there are twice as many patches
+    as numbers in one.
 
     Parameters
     ----------
-    where
-        For each batch, indices (rows, 1 + spatial axes): the sample, then the position. For a product, (rows, 1):
-        the row of the activation flattened to a matrix.
-    """
-
-    where: tuple[np.ndarray, ...]
-
-
-def sample(cut: Cut, outputs: Iterator[np.ndarray], rng: np.random.Generator, samples: int) -> Sampling:
-    """Choose positions: ``POSITIONS`` for each sample, fewer where the patches would not fit.
-
-    Parameters
-    ----------
-    outputs
-        The layer's output, batch by batch.
+    output
+        The layer's output on the batch.
     samples
-        How many there are in all.
+        How many there are in all batches.
+
+    Returns
+    -------
+    array
+        Indices (rows, 1 + spatial axes): the sample, then the position. For a product, (rows, 1): the row of the
+        activation flattened to a matrix.
     """
     spec = cut.layer.spec
-    patch = spec.params // spec.weight_shape[0] * spec.group
-    most = max(1, min(POSITIONS, ROWS_BYTES // (4 * max(patch, 1) * max(samples, 1))))
-    return Sampling(tuple(_positions(cut, output, rng, most) for output in outputs))
+    length = patch_length(spec)
+    run = 2 * math.prod(output.shape[2:]) * spec.out_channels // (length * spec.group)
+    enough = max(run, -(-max(2 * length, CHEAP_MOMENT // length**2) // max(samples, 1)))
+    fit = ROWS_BYTES // (4 * length * max(samples, 1))
+    return _positions(cut, output, rng, max(1, min(POSITIONS, enough, fit)))
 
 
 def _positions(cut: Cut, output: np.ndarray, rng: np.random.Generator, most: int) -> np.ndarray:
@@ -140,47 +177,96 @@ def _padding(spec: ConvSpec, size: tuple[int, ...]) -> tuple[list[int], list[int
     return begins, ends
 
 
-def statistics(rows: np.ndarray) -> LayerStatistics:
-    """Moments of patches (rows, D): the matrix in float32 products, which is far within the sampling error."""
-    count = len(rows)
-    mean = rows.mean(axis=0, dtype=np.float64)
-    second = (rows.T @ rows).astype(np.float64) / count
-    return LayerStatistics(mean, second, count)
+class Moments:
+    """Mean and second moment of patches, summed up batch by batch."""
+
+    def __init__(self, cut: Cut) -> None:
+        self._cut = cut
+        length = patch_length(cut.layer.spec)
+        self._sum, self._squares, self._count = np.zeros(length), np.zeros((length, length)), 0
+
+    def add(self, rows: np.ndarray) -> None:
+        """Take in patches (rows, D): products in float32, which is far within the sampling error."""
+        self._sum += rows.sum(axis=0, dtype=np.float64)
+        self._squares += rows.T @ rows
+        self._count += len(rows)
+
+    def statistics(self) -> LayerStatistics:
+        """The moments. Without a bias that could take the mean, the product has to give it: it is then said to be 0.
+
+        From n patches, an entry of the moment has a relative error of about ``sqrt(2 / n)``.
+        """
+        mean = self._sum / self._count if self._cut.bias is not None else np.zeros_like(self._sum)
+        return LayerStatistics(mean, self._squares / self._count, self._count)
 
 
 def patch_length(spec: ConvSpec) -> int:
     """Length of the input patch of one output, over all groups."""
-    return spec.weight_shape[1] * spec.group * math.prod(spec.kernel)
+    return spec.in_channels * math.prod(spec.kernel)
+
+
+def has_moment(spec: ConvSpec) -> bool:
+    """Whether the moment of a layer's patches can be formed."""
+    return not spec.transposed and patch_length(spec) <= MAX_PATCH
 
 
 def collect(
     model: Model,
     found: Found,
     names: Sequence[str],
-    feeds: list[dict[str, np.ndarray]],
+    feeds: Sequence[dict[str, np.ndarray]],
     *,
     seed: int,
     progress: Progress,
 ) -> dict[str, LayerStatistics]:
     """Statistics of the inputs of the layers called `names` in the model as it is.
 
-    Layers whose patches are too long for a moment, and transposed convolutions, have none.
+    Layers whose patches are too long for a moment, and transposed convolutions, have none. The samples pass one batch
+    after the other, and once for each set of layers whose moments fit into memory together.
     """
-    alive = Activations([dict(batch) for batch in feeds])
+    layers = {layer.name: layer for layer in found.layers}
+    usable = sorted((n for n in names if has_moment(layers[n].spec)), key=lambda name: found.places[name].position)
+    passes: list[list[str]] = []
+    room = 0
+    for name in usable:
+        size = 8 * patch_length(layers[name].spec) ** 2
+        if not passes or size > room:
+            passes.append([])
+            room = MOMENTS_BYTES
+        passes[-1].append(name)
+        room -= size
     seen: dict[str, LayerStatistics] = {}
-    samples = sum(len(next(iter(batch.values()))) for batch in feeds)
-    for number, cut in enumerate(cuts(model, found, names), 1):
-        for segment in (cut.before, cut.alone):
-            if segment:
-                run_segment(segment, alive)
-        spec = cut.layer.spec
-        if not spec.transposed and patch_length(spec) <= MAX_PATCH:
-            rng = np.random.default_rng([seed, number])
-            where = sample(cut, (batch[cut.output] for batch in alive.batches), rng, samples).where
-            pairs = zip(alive.batches, where, strict=True)
-            stats = statistics(np.concatenate([input_rows(cut, batch[cut.source], at) for batch, at in pairs]))
-            # without a bias to take the mean, the product has to give it
-            seen[cut.layer.name] = stats if cut.bias is not None else replace(stats, mean=np.zeros_like(stats.mean))
-        alive.keep(cut.alive)
-        progress("calibrate", number, len(names))
+    total = len(passes) * len(feeds)
+    for number, part in enumerate(passes):
+        done = partial(_report, progress, number * len(feeds), total)
+        seen |= _one_pass(model, found, part, feeds, seed, done)
     return seen
+
+
+def _report(progress: Progress, before: int, total: int, done: int) -> None:
+    progress("calibrate", before + done, total)
+
+
+def _one_pass(
+    model: Model,
+    found: Found,
+    names: Sequence[str],
+    feeds: Sequence[dict[str, np.ndarray]],
+    seed: int,
+    done: Callable[[int], None],
+) -> dict[str, LayerStatistics]:
+    places = list(cuts(model, found, names))
+    running = Loaded()
+    sums = [Moments(cut) for cut in places]
+    samples = sum(len(next(iter(batch.values()))) for batch in feeds)
+    for number, batch in enumerate(feeds):
+        alive = Activations([dict(batch)])
+        for index, cut in enumerate(places):
+            running(cut.before, alive)
+            running(cut.alone, alive)
+            (current,) = alive.batches
+            where = sample(cut, current[cut.output], np.random.default_rng([seed, index, number]), samples)
+            sums[index].add(input_rows(cut, current[cut.source], where))
+            alive.keep(cut.alive)
+        done(number + 1)
+    return {cut.layer.name: each.statistics() for cut, each in zip(places, sums, strict=True)}

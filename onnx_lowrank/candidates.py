@@ -172,7 +172,7 @@ def group_candidates(
         if reason:
             reasons.append(reason)
             continue
-        grid = rank_grid(lift.max_rank(decomposition, specs), block)
+        grid = rank_grid(lift.max_rank(decomposition, specs), lift.rank_step(decomposition, specs, block))
         cheaper = [c for c in (price(group, name, rank, math.inf) for rank in grid) if saves(c, dense)]
         if not cheaper:
             kept = group.layers[0].weight_kept

@@ -20,6 +20,7 @@ from onnx_lowrank.parallel import run_all
 from onnx_lowrank.ranks import parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
+from onnx_lowrank.sensitivity import measured
 from onnx_lowrank.subject import Subject, open_config_data
 from onnx_lowrank.types import Budget, Candidate, Cost, LayerStatistics, Plan, Progress, Skip
 
@@ -78,6 +79,20 @@ class Planner:
                 ],
             )
             self._candidates = [candidates for candidates, _ in made]
+            feeds = self.calibration()
+            if feeds is not None:
+                with self.stage("sensitivity"):
+                    self._candidates = measured(
+                        self.subject.model,
+                        self.subject.found,
+                        self.subject.groups,
+                        self._candidates,
+                        seen,
+                        feeds,
+                        seed=self.config.seed,
+                        jobs=self.config.workers,
+                        progress=self.progress,
+                    )
             self._refused = tuple(skip for _, skip in made if skip)
         return self._candidates
 

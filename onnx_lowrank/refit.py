@@ -2,7 +2,8 @@
 
 In topological order, each layer's chain is fitted to give the ORIGINAL output from the input that the chains before it
 leave (asymmetric reconstruction), so that errors do not pile up: what one layer missed, the next can mend. All of it is
-linear algebra on a few hundred unlabelled samples. The network is cut at its layers, and every segment runs once on
+linear algebra on a few hundred unlabelled samples. One sample in eight is held out from the fits, and decides between
+them: how far a layer follows its samples away from its original kernel, and how often it is fitted. The network is cut at its layers, and every segment runs once on
 the original's activations and once on the compressed network's: the cost is linear in the number of layers.
 
 References
@@ -13,37 +14,28 @@ TPAMI 38, section 3.3: the asymmetric target, there for channel SVD.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from onnx_lowrank.calibrate import (
-    MAX_PATCH,
-    Activations,
-    input_rows,
-    output_rows,
-    patch_length,
-    run_segment,
-    sample,
-    statistics,
-)
+from onnx_lowrank.calibrate import Activations, Moments, has_moment, input_rows, output_rows, run_segment, sample
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.weighted import solve_spd
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, cuts, island_of
-from onnx_lowrank.types import Candidate, Factorization, LayerStatistics, Progress
+from onnx_lowrank.types import Candidate, Factorization, Progress
 
-logger = logging.getLogger(__name__)
+RIDGES = (1e-3, 1e-2, 1e-1, np.inf)
+"""Pulls of the regression towards the original kernel, relative to the mean variance of the inputs; the last keeps it."""
 
-RIDGE = 1e-3
-"""Pull of the regression towards the original kernel, relative to the mean variance of the inputs."""
+HELD_OUT = 8
+"""One in so many samples is held out from the fits."""
 
 RECTIFIED_ROUNDS = 3
-"""Fits after the first to targets that a following ReLU leaves free."""
+"""Fits after the first, at most, to targets that a following ReLU leaves free."""
 
 SMALL_PATCH = 1024
 """Patches of fewer numbers than this are fitted on one thread."""
@@ -89,23 +81,14 @@ def refit(
         run_segment(cut.alone, original)
         choice = by_layer[cut.layer.name]
         rng = np.random.default_rng([seed, number])
-        seen = _Seen(cut, original, compressed, rng)
-        chain = choice.chains[choice.layers.index(cut.layer.name)]
-        dtype = cut.layer.dtype
+        seen = _Seen(model, cut, choice, original, compressed, rng)
         if choice.layers in made or not _fits(choice, cut):
             if choice.layers not in made:
-                made[choice.layers] = _stored(_plain(choice, cut, rng), dtype)
-            run_segment(island_of(model, cut, chain, made[choice.layers].kernels[0]), compressed)
-            biases[cut.layer.name] = _correct_bias(seen, seen.targets(), compressed)
+                made[choice.layers] = _plain(choice, cut, rng).stored(cut.layer.dtype)
+            shift = seen.run(made[choice.layers], seen.targets())
         else:
-            fit = _Fit(choice, seen, rng)
-            targets = seen.targets()
-            for remaining in range(RECTIFIED_ROUNDS if seen.rectified else 0, -1, -1):
-                made[choice.layers] = _stored(fit.round(targets), dtype)
-                run_segment(island_of(model, cut, chain, made[choice.layers].kernels[0]), compressed)
-                biases[cut.layer.name] = _correct_bias(seen, targets, compressed)
-                if remaining:
-                    targets = seen.targets(seen.reached())
+            made[choice.layers], shift = _fitted(seen, rng)
+        biases[cut.layer.name] = None if cut.bias is None else cut.bias + shift
         for each in (original, compressed):
             each.keep(cut.alive)
         progress("refit", number, len(by_layer))
@@ -117,8 +100,7 @@ def refit(
 
 def _fits(choice: Candidate, cut: Cut) -> bool:
     """Whether the chain can be fitted to data: one plain layer with patches of bearable length."""
-    spec = cut.layer.spec
-    return len(choice.layers) == 1 and not spec.transposed and patch_length(spec) <= MAX_PATCH
+    return len(choice.layers) == 1 and has_moment(cut.layer.spec)
 
 
 def _plain(choice: Candidate, cut: Cut, rng: np.random.Generator) -> Factorization:
@@ -127,14 +109,40 @@ def _plain(choice: Candidate, cut: Cut, rng: np.random.Generator) -> Factorizati
     return lift.factorize(decomposition, [cut.layer.spec], [cut.layer.read_weight()], choice.rank, rng=rng)
 
 
+def _fitted(seen: _Seen, rng: np.random.Generator) -> tuple[Factorization, np.ndarray]:
+    """The fit with the least error on the samples held out, and the shift of its bias; the activations are left with it."""
+    fit = _Fit(seen, rng)
+    targets = seen.targets()
+    best = fit.round(targets)
+    shift, error = seen.run(best, targets), seen.error()
+    for _ in range(RECTIFIED_ROUNDS if seen.rectified else 0):
+        targets = seen.targets(seen.reached())
+        made = fit.round(targets)
+        new_shift, new_error = seen.run(made, targets), seen.error()
+        if new_error >= error:
+            seen.put(best, shift)
+            break
+        best, shift, error = made, new_shift, new_error
+    return best, shift
+
+
 class _Seen:
     """What is seen of one layer in both networks, at sampled positions: rows are positions, columns channels."""
 
-    def __init__(self, cut: Cut, original: Activations, compressed: Activations, rng: np.random.Generator) -> None:
-        self.cut = cut
-        self._original, self._compressed = original, compressed
-        samples = sum(len(batch[cut.output]) for batch in original.batches)
-        self._where = sample(cut, (batch[cut.output] for batch in original.batches), rng, samples).where
+    def __init__(
+        self,
+        model: Model,
+        cut: Cut,
+        choice: Candidate,
+        original: Activations,
+        compressed: Activations,
+        rng: np.random.Generator,
+    ) -> None:
+        self.cut, self.choice = cut, choice
+        self._model, self._compressed = model, compressed
+        outputs = [batch[cut.output] for batch in original.batches]
+        self._where = [sample(cut, output, rng, sum(map(len, outputs))) for output in outputs]
+        self.held = _held_out(cut, outputs, self._where)
         self._reference = self._rows(original, cut.output)
         follow = cut.follow
         channels = cut.layer.spec.out_channels
@@ -180,87 +188,130 @@ class _Seen:
         value below zero is as good, so it may stay as it is.
         """
         targets = self._reference
+        before, after = self._others or (0.0, 0.0)
         if self._others is not None:
-            missing = self._others[0] - self._others[1]
-            targets = targets + np.where(self._usable, missing / np.where(self._usable, self._scale, 1.0), 0.0)
+            targets = targets + np.where(self._usable, (before - after) / np.where(self._usable, self._scale, 1.0), 0.0)
         if reached is not None and self.rectified:
-            before, after = self._others or (0.0, 0.0)
             negative = self._scale * self._reference + self._shift + before <= 0
             allowed = np.minimum(self._scale * reached + self._shift + after, 0.0)
             free = (allowed - self._shift - after) / np.where(self._usable, self._scale, 1.0)
             targets = np.where(negative & self._usable, free, targets)
         return np.asarray(targets, dtype=np.float32)
 
+    def run(self, made: Factorization, targets: np.ndarray) -> np.ndarray:
+        """Run the chain on the compressed network, and shift its output to the mean wanted; the shift, (O,)."""
+        self.put(made)
+        if self.cut.bias is None:
+            return np.zeros(targets.shape[1])
+        shift: np.ndarray = (targets - self.reached()).mean(axis=0, dtype=np.float64)
+        self._compressed.shift(self.cut, shift)
+        return shift
+
+    def put(self, made: Factorization, shift: np.ndarray | None = None) -> None:
+        """Run the chain on the compressed network as it is, with its output shifted."""
+        chain = self.choice.chains[self.choice.layers.index(self.cut.layer.name)]
+        run_segment(island_of(self._model, self.cut, chain, made.kernels[0]), self._compressed)
+        if shift is not None:
+            self._compressed.shift(self.cut, shift)
+
+    def error(self) -> float:
+        """Mean squared difference in what goes on after the layer, on the samples held out."""
+        held = self.held if self.held.any() else slice(None)
+        before, after = (each[held] for each in self._others) if self._others else (0.0, 0.0)
+        wanted = self._scale * self._reference[held] + before
+        got = self._scale * self.reached()[held] + after
+        if self.rectified:
+            wanted, got = (np.maximum(each + self._shift, 0.0) for each in (wanted, got))
+        return float(np.square(wanted - got).mean())
+
+
+def _held_out(cut: Cut, outputs: Sequence[np.ndarray], where: Sequence[np.ndarray]) -> np.ndarray:
+    """Which rows are of samples held out."""
+    first, held = 0, []
+    for output, at in zip(outputs, where, strict=True):
+        owner = at[:, 0]
+        if cut.output_axis != 1:  # rows of the flattened activation
+            owner = owner * len(output) // (output.size // output.shape[cut.output_axis])
+        held.append((first + owner) % HELD_OUT == HELD_OUT - 1)
+        first += len(output)
+    return np.concatenate(held)
+
 
 class _Fit:
     """The fit of one layer's chain, in rounds."""
 
-    def __init__(self, choice: Candidate, seen: _Seen, rng: np.random.Generator) -> None:
-        self._choice, self._seen, self._rng = choice, seen, rng
+    def __init__(self, seen: _Seen, rng: np.random.Generator) -> None:
+        self._seen, self._rng = seen, rng
         self._layer = seen.cut.layer
         self._weight = np.asarray(self._layer.read_weight(), dtype=np.float64)
-        rows = seen.inputs()
-        self._rows, self._statistics = rows, statistics(rows)
-        if seen.cut.bias is None:  # nothing will take the mean, so the product has to give it
-            self._statistics = replace(self._statistics, mean=np.zeros_like(self._statistics.mean))
+        inputs = seen.inputs()
+        self._inputs, self._apart = inputs[~seen.held], inputs[seen.held]
+        moments = Moments(seen.cut)
+        moments.add(self._inputs)
+        self._statistics = moments.statistics()
+        self._ridge: float | None = None
         self._made: Factorization | None = None
 
     def round(self, targets: np.ndarray) -> Factorization:
-        """Fit to `targets`, going on from the round before."""
-        stats, cut = self._statistics, self._seen.cut
+        """Fit to `targets`, going on from the round before; kernels in the model's precision."""
+        stats, cut, held = self._statistics, self._seen.cut, self._seen.held
         targets = targets / np.float32(cut.gain)
-        cross = (targets.T @ self._rows).astype(np.float64) / len(targets)
-        if cut.bias is not None:
-            cross -= np.outer(targets.mean(axis=0, dtype=np.float64), stats.mean)
+        wanted = targets[~held]
+        cross = (wanted.T @ self._inputs).astype(np.float64) / len(wanted)
+        mean = wanted.mean(axis=0, dtype=np.float64) if cut.bias is not None else np.zeros(wanted.shape[1])
+        cross -= np.outer(mean, stats.mean)
         weights = self._seen.weights
         # on matrices of this size a second thread costs more than it brings
         with threadpool_limits(1 if len(stats.mean) < SMALL_PATCH else None):
-            kernel = _regression(self._weight, self._layer.spec.group, cross, stats)
-            self._made = lift.factorize(
-                find_decomposition(self._choice.decomposition),
+            if self._ridge is None:
+                self._ridge = self._best_ridge(cross, mean, targets[held])
+            kernel = self._regression(cross, self._ridge)
+            made = lift.factorize(
+                find_decomposition(self._seen.choice.decomposition),
                 [self._layer.spec],
                 [kernel * weights.reshape(-1, *(1,) * (kernel.ndim - 1))],
-                self._choice.rank,
+                self._seen.choice.rank,
                 [stats],
                 rng=self._rng,
                 start=None if self._made is None else self._made.kernels,
             )
-        *others, last = self._made.kernels[0]
-        return replace(self._made, kernels=((*others, last / weights.reshape(-1, *(1,) * (last.ndim - 1))),))
+        self._made = made
+        *others, last = made.kernels[0]
+        kernels = (*others, last / weights.reshape(-1, *(1,) * (last.ndim - 1)))
+        return replace(made, kernels=(kernels,)).stored(self._layer.dtype)
 
+    def _best_ridge(self, cross: np.ndarray, mean: np.ndarray, targets: np.ndarray) -> float:
+        """The ridge whose kernel, at full rank, is nearest to the targets of the samples held out."""
+        if not len(targets):
+            return RIDGES[0]
+        errors = []
+        for ridge in RIDGES:
+            kernel = self._regression(cross, ridge)
+            missed = (targets - mean - self._product(kernel)) * self._seen.weights
+            errors.append(float(np.square(missed).sum()))
+        return RIDGES[int(np.argmin(errors))]
 
-def _regression(weight: np.ndarray, group: int, cross: np.ndarray, stats: LayerStatistics) -> np.ndarray:
-    """The full-rank kernel that best gives the targets from the inputs, pulled towards `weight`.
+    def _product(self, kernel: np.ndarray) -> np.ndarray:
+        """What a kernel makes of the inputs held out, less their mean in the fit: (rows, O)."""
+        group = self._layer.spec.group
+        inputs = np.split(self._apart - self._statistics.mean.astype(np.float32), group, axis=1)
+        blocks = np.split(kernel.reshape(len(kernel), -1).astype(np.float32), group)
+        return np.concatenate([x @ block.T for x, block in zip(inputs, blocks, strict=True)], axis=1)
 
-    ``(E[y x^T] + l W)(E[x x^T] + l I)^{-1}`` of the centred moments, each group of channels by itself.
-    """
-    flat = weight.reshape(len(weight), -1)
-    parts = []
-    for index, block in enumerate(np.split(flat, group)):
-        covariance = stats.of_group(index, group).covariance
-        pull = RIDGE * np.trace(covariance) / len(covariance) or 1.0
-        outs = slice(index * len(block), (index + 1) * len(block))
-        ins = slice(index * len(covariance), (index + 1) * len(covariance))
-        padded = covariance + pull * np.eye(len(covariance))
-        parts.append(solve_spd(padded, (cross[outs, ins] + pull * block).T).T)
-    return np.concatenate(parts).reshape(weight.shape)
+    def _regression(self, cross: np.ndarray, ridge: float) -> np.ndarray:
+        """The full-rank kernel that best gives the targets from the inputs, pulled towards the original one.
 
-
-def _stored(made: Factorization, dtype: np.dtype) -> Factorization:
-    """Kernels in the model's precision, as they will be run."""
-    with np.errstate(over="ignore"):
-        return replace(made, kernels=tuple(tuple(k.astype(dtype) for k in kernels) for kernels in made.kernels))
-
-
-def _correct_bias(seen: _Seen, targets: np.ndarray, compressed: Activations) -> np.ndarray | None:
-    """The bias that gives the output its wanted mean; the compressed activations are corrected with it."""
-    cut = seen.cut
-    if cut.bias is None:
-        return None
-    shift = (targets - seen.reached()).mean(axis=0, dtype=np.float64)
-    for batch in compressed.batches:
-        value = batch[cut.output]
-        shape = [1] * value.ndim
-        shape[cut.output_axis] = -1
-        batch[cut.output] = value + shift.reshape(shape).astype(value.dtype)
-    return cut.bias + shift
+        ``(E[y x^T] + l W)(E[x x^T] + l I)^{-1}`` of the centred moments, each group of channels by itself.
+        """
+        group, stats = self._layer.spec.group, self._statistics
+        if ridge == np.inf:
+            return self._weight
+        parts = []
+        for index, block in enumerate(np.split(self._weight.reshape(len(self._weight), -1), group)):
+            covariance = stats.of_group(index, group).covariance
+            pull = ridge * np.trace(covariance) / len(covariance) or 1.0
+            outs = slice(index * len(block), (index + 1) * len(block))
+            ins = slice(index * len(covariance), (index + 1) * len(covariance))
+            padded = covariance + pull * np.eye(len(covariance))
+            parts.append(solve_spd(padded, (cross[outs, ins] + pull * block).T).T)
+        return np.concatenate(parts).reshape(self._weight.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -135,6 +135,4 @@ def _factorize(task: tuple[Group, Candidate, int]) -> Factorization:
             f"layer '{layer.name}', {choice.decomposition} of rank {show_rank(choice.rank)}: {error}"
         ) from error
     # in the model's precision from here on: a cache of float64 kernels would be as large as the model itself
-    with np.errstate(over="ignore"):
-        stored = tuple(tuple(kernel.astype(layer.dtype) for kernel in kernels) for kernels in made.kernels)
-    return replace(made, kernels=stored)
+    return made.stored(layer.dtype)

@@ -352,6 +352,11 @@ class Factorization:
     next_step: str = ""
     biases: tuple[np.ndarray | None, ...] = ()
 
+    def stored(self, dtype: np.dtype) -> Factorization:
+        """With kernels in the precision that they are written in."""
+        with np.errstate(over="ignore"):
+            return replace(self, kernels=tuple(tuple(k.astype(dtype) for k in kernels) for kernels in self.kernels))
+
 
 class Decomposition(Protocol):
     """A way to write layers as chains of smaller ones.
@@ -394,8 +399,12 @@ class Decomposition(Protocol):
         *,
         rng: np.random.Generator,
         start: Sequence[Sequence[np.ndarray]] | None = None,
+        draft: bool = False,
     ) -> Factorization:
-        """Kernels of `rank`, in float64; an iterative fit with `statistics` goes on from those of `start`."""
+        """Kernels of `rank`, in float64.
+
+        An iterative fit with `statistics` goes on from the kernels `start`; as a `draft` it stops early.
+        """
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onnx_lowrank.decompositions.channel_svd import SVD, ChannelSVD, ChannelSVDIn
 from onnx_lowrank.decompositions.cp import CP3, CP4
+from onnx_lowrank.decompositions.separable import Separable
 from onnx_lowrank.decompositions.spatial_svd import SpatialSVD
 from onnx_lowrank.decompositions.tucker2 import Tucker2
 from onnx_lowrank.types import Decomposition, LowRankError
@@ -18,6 +19,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
         Tucker2(),
         CP3(),
         CP4(),
+        Separable(),
     )
 }
 

@@ -8,8 +8,6 @@ import numpy as np
 
 from onnx_lowrank.decompositions.matrix import MatrixDecomposition, is_pointwise, pointwise
 from onnx_lowrank.decompositions.weighted import (
-    FURTHER,
-    LONG,
     SHORT,
     fit_first_stage,
     interpolated_errors,
@@ -54,7 +52,7 @@ class SVD(MatrixDecomposition):
         return tails[np.minimum(ranks, len(tails) - 1)]
 
     def weighted_fit(
-        self, weight: np.ndarray, moment: np.ndarray, rank: int, start: np.ndarray | None
+        self, weight: np.ndarray, moment: np.ndarray, rank: int, iterations: int, start: np.ndarray | None
     ) -> Factorization:
         """Closed form: the projection of the outputs on their `rank` principal directions."""
         target = self.matricize(weight)
@@ -103,8 +101,8 @@ class ChannelSVDIn(ChannelSVD):
         return interpolated_errors(lambda rank: fit_first_stage(weight, moment, rank, SHORT)[1].error, ranks)
 
     def weighted_fit(
-        self, weight: np.ndarray, moment: np.ndarray, rank: int, start: np.ndarray | None
+        self, weight: np.ndarray, moment: np.ndarray, rank: int, iterations: int, start: np.ndarray | None
     ) -> Factorization:
-        stage, fit = fit_first_stage(weight, moment, rank, LONG if start is None else FURTHER, start=start)
+        stage, fit = fit_first_stage(weight, moment, rank, iterations, start=start)
         second = fit.outer.reshape(len(weight), rank, *weight.shape[2:])
         return Factorization(((pointwise(stage, weight.ndim - 2), second),), float(np.sqrt(fit.error)))

@@ -27,13 +27,12 @@ from onnx_lowrank.decompositions.cp_algorithms import (
 )
 from onnx_lowrank.decompositions.matrix import is_pointwise, pointwise
 from onnx_lowrank.decompositions.weighted import (
-    FURTHER,
-    LONG,
     SHORT,
     RankOneMap,
     WeightedFit,
     block_mean,
     interpolated_errors,
+    iterations_of,
     root_and_inverse,
     variable_projection,
 )
@@ -168,6 +167,7 @@ class CP3:
         *,
         rng: np.random.Generator,
         start: Sequence[Sequence[np.ndarray]] | None = None,
+        draft: bool = False,
     ) -> Factorization:
         """Kernels of `rank`, balanced: every stage carries an equal root of each component's weight."""
         if statistics is not None:
@@ -175,7 +175,7 @@ class CP3:
                 weights[0],
                 statistics[0].covariance,
                 rank[0],
-                LONG if start is None else FURTHER,
+                iterations_of(start, draft),
                 None if start is None else start[0],
             )
             return Factorization((self._kernels(balance(factors), weights[0].shape),), math.sqrt(weighted.error))

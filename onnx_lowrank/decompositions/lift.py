@@ -10,6 +10,7 @@ transposed, is the chain; the kernels are the same arrays.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -53,6 +54,14 @@ def chains(decomposition: Decomposition, specs: Sequence[ConvSpec], rank: Rank) 
     return tuple(_lift_chain(spec, chain) for spec, chain in zip(specs, per_layer, strict=True))
 
 
+def rank_step(decomposition: Decomposition, specs: Sequence[ConvSpec], block: int) -> int:
+    """Step of the rank at which the channels between the stages are multiples of `block`, of each group."""
+    specs = [plain(spec) for spec in specs]
+    least = (1,) * len(decomposition.max_rank(specs))
+    first = decomposition.chain(specs, least)[0][0].spec
+    return block // math.gcd(block, first.out_channels)
+
+
 def errors(
     decomposition: Decomposition,
     specs: Sequence[ConvSpec],
@@ -89,12 +98,13 @@ def factorize(
     *,
     rng: np.random.Generator,
     start: Sequence[Sequence[np.ndarray]] | None = None,
+    draft: bool = False,
 ) -> Factorization:
     """Kernels for :func:`chains`, in float64."""
     parts, seen = _groups(specs, weights), _group_statistics(specs, statistics)
     begin = _group_starts(specs, start)
     results = [
-        decomposition.factorize(part, rank, stats, rng=rng, start=kernels)
+        decomposition.factorize(part, rank, stats, rng=rng, start=kernels, draft=draft)
         for part, stats, kernels in zip(parts, seen, begin, strict=True)
     ]
     energy = _energies(parts, seen)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from onnx_lowrank.decompositions.weighted import iterations_of
 from onnx_lowrank.linalg import relative_residual, singular_values, tail_energy, truncated_svd
 from onnx_lowrank.types import Chain, ConvSpec, Factorization, LayerStatistics, Rank, Stage
 
@@ -41,9 +42,9 @@ class MatrixDecomposition(ABC):
 
     @abstractmethod
     def weighted_fit(
-        self, weight: np.ndarray, moment: np.ndarray, rank: int, start: np.ndarray | None
+        self, weight: np.ndarray, moment: np.ndarray, rank: int, iterations: int, start: np.ndarray | None
     ) -> Factorization:
-        """The fit of least output error; an iterative one goes on from the first stage's kernel `start`."""
+        """The fit of least output error; an iterative one takes `iterations` from the first stage's kernel `start` on."""
 
     def max_rank(self, specs: Sequence[ConvSpec]) -> Rank:
         first, second = (stage.weight_shape for stage in self.stages(specs[0], 1))
@@ -74,10 +75,12 @@ class MatrixDecomposition(ABC):
         *,
         rng: np.random.Generator,
         start: Sequence[Sequence[np.ndarray]] | None = None,
+        draft: bool = False,
     ) -> Factorization:
         if statistics is not None:
             weight, moment = np.asarray(weights[0], np.float64), statistics[0].covariance
-            return self.weighted_fit(weight, moment, rank[0], None if start is None else start[0][0])
+            begin = None if start is None else start[0][0]
+            return self.weighted_fit(weight, moment, rank[0], iterations_of(start, draft), begin)
         matrix = self.matricize(weights[0])
         left, right = truncated_svd(matrix, rank[0])
         kernels = self.tensorize(left, right, weights[0].shape)

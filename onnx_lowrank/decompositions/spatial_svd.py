@@ -7,14 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_lowrank.decompositions.matrix import MatrixDecomposition
-from onnx_lowrank.decompositions.weighted import (
-    FURTHER,
-    LONG,
-    SHORT,
-    fit_first_stage,
-    interpolated_errors,
-    level,
-)
+from onnx_lowrank.decompositions.weighted import SHORT, fit_first_stage, interpolated_errors, level
 from onnx_lowrank.types import ConvSpec, Factorization
 
 
@@ -62,9 +55,8 @@ class SpatialSVD(MatrixDecomposition):
         return interpolated_errors(lambda rank: fit_first_stage(columns, moment, rank, SHORT)[1].error, ranks)
 
     def weighted_fit(
-        self, weight: np.ndarray, moment: np.ndarray, rank: int, start: np.ndarray | None
+        self, weight: np.ndarray, moment: np.ndarray, rank: int, iterations: int, start: np.ndarray | None
     ) -> Factorization:
-        iterations = LONG if start is None else FURTHER
         stage, fit = fit_first_stage(self._columns(weight), moment, rank, iterations, start=start)
         second, first = level(fit.outer.reshape(len(weight), rank, -1).swapaxes(1, 2).reshape(-1, rank), stage)
         return Factorization((self.tensorize(second, first, weight.shape),), float(np.sqrt(fit.error)))

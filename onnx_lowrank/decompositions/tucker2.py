@@ -9,11 +9,10 @@ import numpy as np
 
 from onnx_lowrank.decompositions.matrix import is_pointwise, pointwise
 from onnx_lowrank.decompositions.weighted import (
-    FURTHER,
-    LONG,
     SHORT,
     fit_first_stage,
     interpolated_errors,
+    iterations_of,
     output_energy,
     output_spectrum,
 )
@@ -100,13 +99,13 @@ class Tucker2:
         *,
         rng: np.random.Generator,
         start: Sequence[Sequence[np.ndarray]] | None = None,
+        draft: bool = False,
     ) -> Factorization:
         weight = np.asarray(weights[0], dtype=np.float64)
         r_out, r_in = rank
         if statistics is not None:
-            return self._weighted_fit(
-                weight, statistics[0].covariance, r_out, r_in, None if start is None else start[0][0]
-            )
+            begin = None if start is None else start[0][0]
+            return self._weighted_fit(weight, statistics[0].covariance, rank, iterations_of(start, draft), begin)
         total = squared_norm(weight) or 1.0
         basis_in = leading_basis(unfold(weight, 1), r_in)
         previous, converged = np.inf, False
@@ -149,9 +148,10 @@ class Tucker2:
         return inner + np.array(outer)
 
     def _weighted_fit(
-        self, weight: np.ndarray, moment: np.ndarray, r_out: int, r_in: int, start: np.ndarray | None
+        self, weight: np.ndarray, moment: np.ndarray, rank: Rank, iterations: int, start: np.ndarray | None
     ) -> Factorization:
-        stage, fit = fit_first_stage(weight, moment, r_in, LONG if start is None else FURTHER, r_out, start)
+        r_out, r_in = rank
+        stage, fit = fit_first_stage(weight, moment, r_in, iterations, r_out, start)
         ndim = weight.ndim - 2
         # the restricted last factor has rank r_out: an orthonormal basis of its columns, and what goes before it
         basis = np.linalg.svd(fit.outer, full_matrices=False)[0][:, :r_out]

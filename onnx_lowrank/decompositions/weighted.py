@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
+from scipy.interpolate import PchipInterpolator
 from scipy.optimize import minimize
 
 from onnx_lowrank.linalg import fix_signs, leading_basis, mode_dot, unfold, unit_columns
@@ -34,6 +35,12 @@ RIDGE = 1e-9
 
 LONG, FURTHER, SHORT = 60, 20, 12
 """Iterations of a fit that is kept, of one that goes on from an earlier fit, and of one that only predicts."""
+
+
+def iterations_of(start: object, draft: bool) -> int:
+    """Iterations of a fit that begins at `start`, or by itself where that is None."""
+    return SHORT if draft else LONG if start is None else FURTHER
+
 
 WHITEN = 1e-6
 """Floor of eigenvalues in whitening, relative to the largest: directions without input are not blown up."""
@@ -246,16 +253,36 @@ class RankOneMap(InnerMap):
         return taps
 
 
+@dataclass(frozen=True)
+class DepthwiseMap(InnerMap):
+    """Depthwise filters of `channels` input channels: parameters (channels * r, k), one feature for each."""
+
+    channels: int
+
+    def matrix(self, parameters: np.ndarray) -> np.ndarray:
+        filters = parameters.reshape(self.channels, -1, parameters.shape[1])
+        owner = np.eye(self.channels)
+        return np.einsum("crk,ci->crik", filters, owner).reshape(len(parameters), -1)
+
+    def pullback(self, parameters: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        blocks = gradient.reshape(self.channels, -1, self.channels, parameters.shape[1])
+        return np.einsum("crck->crk", blocks).reshape(parameters.shape)
+
+
 FITTED_AT = 5
-"""Ranks at which a prediction really fits; between them the logarithm of the error is interpolated."""
+"""Ranks at which a prediction really fits, spaced evenly in their logarithm."""
 
 
 def interpolated_errors(fit: Callable[[int], float], ranks: Sequence[int]) -> np.ndarray:
-    """Errors at `ranks` from fits at a few of them, not increasing with the rank."""
+    """Errors at `ranks` from fits at a few of them and from the error 1 of rank 0, not increasing with the rank.
+
+    Errors fall about exponentially with the rank: their logarithm is interpolated, by monotone cubics.
+    """
     known = np.unique(ranks)
-    picks = np.unique(known[np.round(np.linspace(0, len(known) - 1, min(FITTED_AT, len(known)))).astype(int)])
-    reached = np.minimum.accumulate([max(fit(int(rank)), np.finfo(float).tiny) for rank in picks])
-    return np.exp(np.interp(np.log(ranks), np.log(picks), np.log(reached)))
+    wanted = np.geomspace(known[0], known[-1], min(FITTED_AT, len(known)))
+    picks = np.unique([known[np.abs(known - rank).argmin()] for rank in wanted])
+    reached = np.minimum.accumulate([1.0, *(max(fit(int(rank)), np.finfo(float).tiny) for rank in picks)])
+    return np.exp(PchipInterpolator([0, *picks], np.log(reached))(ranks))
 
 
 def fit_first_stage(

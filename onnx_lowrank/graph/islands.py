@@ -92,7 +92,7 @@ def build_island(
 
 def bias_of(naming: Naming) -> str:
     """Name of a bias that comes with the kernels of a chain: a kernel may be shared, but no tensor between two stages."""
-    return f"{naming.tensors[-1]}_bias"
+    return f"{(naming.tensors or naming.kernels)[-1]}_bias"
 
 
 def _with_bias(node: onnx.NodeProto, name: str) -> onnx.NodeProto:

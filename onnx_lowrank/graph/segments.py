@@ -107,13 +107,9 @@ class Cut:
 
 def cuts(model: Model, found: Found, names: Sequence[str]) -> Iterator[Cut]:
     """The layers called `names`, in the order of the graph, each with what has to run before it."""
-    graph = model.graph
     whole = _Whole(model)
     layers = {layer.name: layer for layer in found.layers}
-    later: list[set[str]] = [{o.name for o in graph.output}]
-    for reads in reversed(whole.reads):
-        later.append(later[-1] | reads)
-    later.reverse()  # later[i]: what node i and all after it read
+    later = whole.later
     start = 0
     for position, name in sorted((found.places[name].position, name) for name in names):
         pending = [i for i in range(start, position) if i not in whole.constant]
@@ -132,6 +128,14 @@ def cuts(model: Model, found: Found, names: Sequence[str]) -> Iterator[Cut]:
             whole.bias(node, layers[name]),
             frozenset(later[position + 1]),
         )
+
+
+def last_segment(model: Model, found: Found, names: Sequence[str]) -> Segment | None:
+    """What runs after the last of the layers called `names`; None where that ends the model."""
+    whole = _Whole(model)
+    start = max(found.places[name].position for name in names) + 1
+    pending = [i for i in range(start, len(whole.nodes)) if i not in whole.constant]
+    return whole.segment(pending, whole.later[-1]) if pending else None
 
 
 def island_of(model: Model, cut: Cut, chain: Chain, kernels: Sequence[np.ndarray]) -> Segment:
@@ -184,6 +188,10 @@ class _Whole:
             if self.reads[index] <= known and not node.op_type.startswith("Random"):
                 self.constant.add(index)
                 known.update(node.output)
+        self.later: list[set[str]] = [{o.name for o in model.graph.output}]
+        for names in reversed(self.reads):
+            self.later.append(self.later[-1] | names)
+        self.later.reverse()  # later[i]: what node i and all after it read
         self._makers = {out: index for index in self.constant for out in self.nodes[index].output}
 
     def segment(self, positions: Sequence[int], needed: set[str]) -> Segment:

@@ -120,7 +120,7 @@ class Stubborn:
     def chain(self, specs, rank) -> tuple[Chain, ...]:
         return ((Stage(specs[0]),),)
 
-    def factorize(self, weights, rank, statistics=None, *, rng, start=None) -> Factorization:
+    def factorize(self, weights, rank, statistics=None, *, rng, start=None, draft=False) -> Factorization:
         self.asked.append(weights[0].shape)
         stuck = len(self.asked) == 2
         return Factorization(((weights[0],),), 0.0, not stuck, "try more" if stuck else "")

@@ -9,6 +9,7 @@ from scipy.optimize import check_grad
 from onnx_lowrank.decompositions import DECOMPOSITIONS, lift
 from onnx_lowrank.decompositions.weighted import (
     ChannelMap,
+    DepthwiseMap,
     InnerMap,
     RankOneMap,
     block_mean,
@@ -29,6 +30,7 @@ RANKS = {
     "tucker2": (6, 4),
     "cp3": (16,),
     "cp4": (16,),
+    "separable": (2,),
 }
 FULL = {name: lift.max_rank(DECOMPOSITIONS[name], [SPEC]) for name in RANKS}
 
@@ -60,6 +62,9 @@ def composed(name: str, kernels: tuple[np.ndarray, ...]) -> np.ndarray:
             return np.einsum("op,pqkl,qi->oikl", flat[2], flat[1], flat[0])
         case "cp3":
             return np.einsum("or,rkl,ri->oikl", flat[2], flat[1][:, 0], flat[0])
+        case "separable":
+            filters = flat[0].reshape(IN, -1, *KERNEL)  # (I, r, k...)
+            return np.einsum("oir,irkl->oikl", flat[1].reshape(OUT, IN, -1), filters)
     return np.einsum("or,rk,rl,ri->oikl", flat[3], flat[1][:, 0, :, 0], flat[2][:, 0, 0], flat[0])
 
 
@@ -129,7 +134,7 @@ def test_the_predicted_error_falls_with_the_rank_and_is_near_the_reached_one(nam
     assert (predicted >= 0.9 * np.array(reached) - 1e-9).all()
 
 
-@pytest.mark.parametrize("name", ["channel_svd", "tucker2", "cp3"])
+@pytest.mark.parametrize("name", ["channel_svd", "tucker2", "cp3", "separable"])
 def test_each_group_of_channels_is_fitted_to_what_it_sees(name: str) -> None:
     spec = ConvSpec((OUT, IN // 2, *KERNEL), pads=(1, 1, 1, 1), group=2)
     weight = np.random.default_rng(3).standard_normal(spec.weight_shape)
@@ -160,7 +165,7 @@ def test_no_perturbation_of_the_closed_form_lowers_the_error() -> None:
             assert output_error(weight, composed("channel_svd", moved), stats.covariance) >= best
 
 
-@pytest.mark.parametrize("name", ["channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4"])
+@pytest.mark.parametrize("name", ["channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4", "separable"])
 def test_no_perturbation_of_the_last_stage_lowers_the_error(name: str) -> None:
     stats, weight, rng = seen(), kernel(), np.random.default_rng(6)
     *others, last = fitted(name, RANKS[name], stats).kernels[0]
@@ -171,7 +176,7 @@ def test_no_perturbation_of_the_last_stage_lowers_the_error(name: str) -> None:
             assert output_error(weight, composed(name, (*others, moved)), stats.covariance) >= best * (1 - 1e-7)
 
 
-@pytest.mark.parametrize("kind", ["channel", "spatial", "rank one", "rank one of two"])
+@pytest.mark.parametrize("kind", ["channel", "spatial", "rank one", "rank one of two", "depthwise"])
 @pytest.mark.parametrize("out_rank", [None, 4])
 def test_the_gradient_is_that_of_finite_differences(kind: str, out_rank: int | None, monkeypatch) -> None:
     stats, target = seen(), kernel().reshape(OUT, -1)
@@ -182,6 +187,7 @@ def test_the_gradient_is_that_of_finite_differences(kind: str, out_rank: int | N
         "spatial": (ChannelMap(rows, 3), (3, IN * 3)),
         "rank one": (RankOneMap(unwhiten, (9,)), (6, IN + 9)),
         "rank one of two": (RankOneMap(unwhiten, KERNEL), (6, IN + 6)),
+        "depthwise": (DepthwiseMap(IN), (2 * IN, 9)),
     }
     inner, shape = maps[kind]
     start = np.random.default_rng(2).standard_normal(shape)
@@ -212,7 +218,7 @@ def test_a_singular_system_is_solved_as_far_as_it_can_be() -> None:
     np.testing.assert_allclose(matrix @ solve_spd(matrix, np.array([[2.0], [0.0]])), [[2.0], [0.0]], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4"])
+@pytest.mark.parametrize("name", ["channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4", "separable"])
 def test_going_on_from_an_earlier_fit_never_ends_above_it(name: str) -> None:
     stats = seen()
     first = fitted(name, RANKS[name], stats)

@@ -205,7 +205,7 @@ def test_the_comparison_fails_for_an_attribute_on_the_wrong_axis(attribute: str,
 # --- sizes that are not known when the model is made -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["channel_svd", "channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4"])
+@pytest.mark.parametrize("name", ["channel_svd", "channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4", "separable"])
 @pytest.mark.parametrize("op_type", ["Conv", "ConvTranspose"])
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
 def test_automatic_padding_follows_the_size_of_each_input(name: str, op_type: str, auto_pad: str) -> None:
@@ -367,7 +367,7 @@ def test_a_gemm_in_float64_agrees_to_its_precision(trans_b: int) -> None:
     assert_same_function(decompose(original, "svd").model, original, feeds_of(original), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["channel_svd", "channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4"])
+@pytest.mark.parametrize("name", ["channel_svd", "channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4", "separable"])
 @pytest.mark.parametrize("case", [PLAIN[2], PLAIN[7]], ids=lambda case: case.what)
 def test_convolutions_in_float64_agree_to_its_precision(case: Case, name: str) -> None:
     # ONNX Runtime has no convolution in float64: the reference implementation of the operators runs them
@@ -383,7 +383,7 @@ HALF_STEPS = 4
 """Roundings allowed for: one of each of up to three kernels, and one of what lies between two stages."""
 
 
-@pytest.mark.parametrize("name", ["channel_svd", "channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4"])
+@pytest.mark.parametrize("name", ["channel_svd", "channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4", "separable"])
 def test_a_convolution_in_float16_agrees_to_its_precision(name: str) -> None:
     original = PLAIN[2].model("float16")
     rewritten = decompose(original, name).model
@@ -400,7 +400,7 @@ def test_a_matmul_in_float16_agrees_to_its_precision() -> None:
     assert_same_function(decompose(original, "svd").model, original, feeds_of(original), HALF_STEPS * eps)
 
 
-@pytest.mark.parametrize("name", ["channel_svd", "channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4"])
+@pytest.mark.parametrize("name", ["channel_svd", "channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4", "separable"])
 def test_kernels_in_bfloat16_compose_to_the_original_within_its_precision(name: str) -> None:
     original = PLAIN[2].model("bfloat16")
     original.opset_import[0].version = 22

@@ -1,0 +1,204 @@
+"""What an error in one layer does to the outputs of the model, measured: the damage that an allocation adds up.
+
+A relative error of 10 % is nothing in one layer and ruins the model in another. So each layer is
+replaced, alone, by candidates of about a few sizes of error, and the model is run on from there on a few samples. Between
+the sizes measured the damage is interpolated. A layer's damage is far from proportional to its error, which
+is why one size is not enough: extrapolated from one, allocations come out worse than by the plain errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from onnx_lowrank.calibrate import Activations, Loaded, run_segment
+from onnx_lowrank.candidates import Group, loaded
+from onnx_lowrank.decompositions import find_decomposition, lift
+from onnx_lowrank.graph.find import Found
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.segments import Cut, cuts, island_of, last_segment
+from onnx_lowrank.parallel import run_all
+from onnx_lowrank.types import Candidate, Factorization, LayerStatistics, Progress
+
+ERRORS = (0.4, 0.12, 0.03)
+"""Squared relative errors of a layer's output at about which its damage is measured."""
+
+SHARE = 4.0
+"""Work of the measurement in passes of all samples through the model: with more layers, each is seen on fewer of them."""
+
+FEWEST = 16
+"""Samples that a layer is seen on at least."""
+
+STEEPEST = 2.0
+"""Power of the error that a damage grows with, at most, outside the sizes measured; 1 at least."""
+
+NOTHING = 1e-12
+"""Damage below which no difference is told."""
+
+
+def measured(
+    model: Model,
+    found: Found,
+    groups: Sequence[Group],
+    candidates: Sequence[Sequence[Candidate]],
+    statistics: dict[str, LayerStatistics],
+    feeds: list[dict[str, np.ndarray]],
+    *,
+    seed: int,
+    jobs: int,
+    progress: Progress,
+) -> list[tuple[Candidate, ...]]:
+    """`candidates` with, in the place of errors of their layers, what these do to the model's outputs.
+
+    The damage is the squared difference of all outputs over their variance, with only this group changed.
+    """
+    probes = [probe for group in candidates for probe in _probes(group)]
+    if not probes:
+        return [tuple(group) for group in candidates]
+    owners = {name: group for group in groups for name in group.names}
+    made = run_all(
+        partial(_draft, seed=seed),
+        [partial(_task, owners[probe.layers[0]], probe, statistics.get(probe.layers[0])) for probe in probes],
+        [owners[probe.layers[0]].layers[0].spec.params for probe in probes],
+        jobs=jobs,
+        progress=progress,
+        stage="analyze",
+    )
+    names = sorted({name for probe in probes for name in probe.layers})
+    bench = _Bench(model, found, names, _few(feeds, len(probes)))
+    damages: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    for number, (probe, factorization) in enumerate(zip(probes, made, strict=True), 1):
+        damages.setdefault(probe.layers, []).append((probe.error, bench.damage(probe, factorization)))
+        progress("sensitivity", number, len(probes))
+    return [
+        tuple(replace(c, error=interpolated(damages[c.layers], c.error)) if not c.dense else c for c in group)
+        for group in candidates
+    ]
+
+
+def _probes(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates nearest to the errors that are measured."""
+    lossy = [c for c in candidates if not c.dense and c.error > NOTHING]
+    if not lossy:
+        return [c for c in candidates if not c.dense][:1]
+    picks = [min(lossy, key=lambda c: abs(math.log(c.error / error))) for error in ERRORS]
+    return [c for i, c in enumerate(picks) if c not in picks[:i]]
+
+
+def interpolated(points: Sequence[tuple[float, float]], error: float) -> float:
+    """Damage at `error` from measured (error, damage): a line in logarithms between them, and on with a slope of 1 to 2.
+
+    Examples
+    --------
+    >>> round(interpolated([(0.1, 0.01), (0.4, 0.16)], 0.2), 4)
+    0.04
+    """
+    if error <= 0:
+        return 0.0
+    known = sorted((math.log(max(e, NOTHING)), d) for e, d in points)
+    x = np.array([e for e, _ in known])
+    y = np.log(np.maximum(np.maximum.accumulate([d for _, d in known]), NOTHING))
+    at = math.log(error)
+    if len(x) == 1 or at < x[0] or at > x[-1]:
+        end = 0 if at < x[0] else -1
+        near = slice(0, 2) if end == 0 else slice(-2, None)
+        rise = np.diff(y[near]) / np.maximum(np.diff(x[near]), 1e-3) if len(x) > 1 else np.array([1.5])
+        return float(np.exp(y[end] + np.clip(rise[0], 1.0, STEEPEST) * (at - x[end])))
+    return float(np.exp(np.interp(at, x, y)))
+
+
+_Task = tuple[Group, Candidate, "LayerStatistics | None"]
+
+
+def _task(group: Group, probe: Candidate, seen: LayerStatistics | None) -> _Task:
+    return loaded(group), probe, seen
+
+
+def _draft(task: _Task, seed: int) -> Factorization:
+    group, probe, seen = task
+    layer = group.layers[0]
+    return lift.factorize(
+        find_decomposition(probe.decomposition),
+        [layer.spec],
+        [layer.read_weight()],
+        probe.rank,
+        None if seen is None else [seen],
+        rng=np.random.default_rng(seed),
+        draft=True,
+    ).stored(layer.dtype)
+
+
+def _few(feeds: list[dict[str, np.ndarray]], probes: int) -> list[dict[str, np.ndarray]]:
+    """The first samples, so many that all probes, each through half of the model, cost ``SHARE`` passes of all."""
+    samples = sum(len(next(iter(batch.values()))) for batch in feeds)
+    left = max(FEWEST, int(2 * SHARE * samples / probes))
+    few = []
+    for batch in feeds:
+        size = len(next(iter(batch.values())))
+        if left < size and any(len(value) != size for value in batch.values()):
+            break
+        few.append({name: value[:left] for name, value in batch.items()})
+        left -= size
+        if left <= 0:
+            break
+    return few or feeds[:1]
+
+
+class _Bench:
+    """The model in segments that stay loaded, with its own activations before every layer."""
+
+    def __init__(self, model: Model, found: Found, names: Sequence[str], feeds: list[dict[str, np.ndarray]]) -> None:
+        self._model = model
+        self._cuts = list(cuts(model, found, names))
+        self._last = last_segment(model, found, names)
+        self._outputs = [o.name for o in model.graph.output]
+        self._run = Loaded()
+        self._before: list[Activations] = []
+        alive = Activations([dict(batch) for batch in feeds])
+        for cut in self._cuts:
+            self._run(cut.before, alive)
+            self._before.append(alive.copy())
+            self._run(cut.alone, alive)
+            alive.keep(cut.alive)
+        self._run(self._last, alive)
+        self._reference = self._results(alive)
+        self._variance = [max(float(np.var(each)), NOTHING) * each.size for each in self._reference]
+
+    def damage(self, choice: Candidate, made: Factorization) -> float:
+        """Squared difference of the outputs over their variance, with one choice made."""
+        chains = dict(zip(choice.layers, choice.chains, strict=True))
+        first = next(i for i, cut in enumerate(self._cuts) if cut.layer.name in chains)
+        alive = self._before[first].copy()
+        for index, cut in enumerate(self._cuts[first:], first):
+            if index > first:
+                self._run(cut.before, alive)
+            self._run(cut.alone, alive)
+            if cut.layer.name in chains:
+                wanted = [batch[cut.output] for batch in alive.batches]
+                run_segment(island_of(self._model, cut, chains[cut.layer.name], made.kernels[0]), alive)
+                if cut.bias is not None:
+                    alive.shift(cut, _mean_missed(cut, wanted, [batch[cut.output] for batch in alive.batches]))
+            alive.keep(cut.alive)
+        self._run(self._last, alive)
+        missed = [
+            float(np.nan_to_num(np.square(got - wanted), nan=np.inf).sum()) / variance
+            for got, wanted, variance in zip(self._results(alive), self._reference, self._variance, strict=True)
+        ]
+        return float(np.mean(missed)) if missed else 0.0
+
+    def _results(self, activations: Activations) -> list[np.ndarray]:
+        """Each output of floats, all batches in one row."""
+        batches = activations.batches
+        kinds = [name for name in self._outputs if batches[0][name].dtype.kind == "f"]
+        return [np.concatenate([batch[name].astype(np.float64).ravel() for batch in batches]) for name in kinds]
+
+
+def _mean_missed(cut: Cut, wanted: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> np.ndarray:
+    """What the bias would have to make up for, (O,)."""
+    rows = [np.moveaxis(w - g, cut.output_axis, -1) for w, g in zip(wanted, got, strict=True)]
+    missed: np.ndarray = np.concatenate([r.reshape(-1, r.shape[-1]) for r in rows]).mean(axis=0, dtype=np.float64)
+    return missed
