@@ -15,6 +15,12 @@ from onnx_lowrank.graph.segments import Cut, Segment, cuts
 from onnx_lowrank.runtime import RunSettings, Session
 from onnx_lowrank.types import ConvSpec, LayerStatistics, Progress
 
+Batch = dict[str, np.ndarray]
+"""An array for each input, or for each tensor alive: samples along the first axis."""
+
+HELD_OUT = 8
+"""One in so many samples is held out from all fits, and decides between them."""
+
 POSITIONS = 64
 """Output positions sampled of each picture. Neighbouring patches say nearly the same: more of them add little."""
 
@@ -34,7 +40,7 @@ MAX_PATCH = 8192
 class Activations:
     """Tensors alive at a cut of the model, batch by batch."""
 
-    def __init__(self, batches: list[dict[str, np.ndarray]]) -> None:
+    def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
 
     def copy(self) -> Activations:
@@ -52,6 +58,28 @@ class Activations:
     def keep(self, names: frozenset[str]) -> None:
         """Let go of every tensor but these."""
         self.batches = [{name: value for name, value in batch.items() if name in names} for batch in self.batches]
+
+
+def held_apart(feeds: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Samples to fit on and samples held out, one in ``HELD_OUT``; too few samples are both.
+
+    Where inputs differ in their length, as one does that is no sample's own, whole batches are held out.
+    """
+    fit: list[Batch] = []
+    held: list[Batch] = []
+    first = 0
+    for number, batch in enumerate(feeds):
+        lengths = {len(value) if value.ndim else 1 for value in batch.values()}
+        if lengths == {1} or len(lengths) > 1:
+            (held if number % HELD_OUT == HELD_OUT - 1 else fit).append(batch)
+            continue
+        (length,) = lengths
+        apart = (first + np.arange(length)) % HELD_OUT == HELD_OUT - 1
+        first += length
+        for part, rows in ((fit, ~apart), (held, apart)):
+            if rows.any():
+                part.append({name: value[rows] for name, value in batch.items()})
+    return (fit, held) if held else (list(feeds), list(feeds))
 
 
 class Running:
@@ -183,21 +211,35 @@ class Moments:
     def __init__(self, cut: Cut) -> None:
         self._cut = cut
         length = patch_length(cut.layer.spec)
-        self._sum, self._squares, self._count = np.zeros(length), np.zeros((length, length)), 0
+        self._sum, self._squares, self._fourth, self._count = np.zeros(length), np.zeros((length, length)), 0.0, 0
 
     def add(self, rows: np.ndarray) -> None:
         """Take in patches (rows, D): products in float32, which is far within the sampling error."""
         self._sum += rows.sum(axis=0, dtype=np.float64)
         self._squares += rows.T @ rows
+        self._fourth += float(np.square(np.square(rows, dtype=np.float64).sum(axis=1)).sum())
         self._count += len(rows)
 
     def statistics(self) -> LayerStatistics:
         """The moments. Without a bias that could take the mean, the product has to give it: it is then said to be 0.
 
-        From n patches, an entry of the moment has a relative error of about ``sqrt(2 / n)``.
+        From n patches, an entry of the moment has a relative error of about ``sqrt(2 / n)``. It is shrunk towards a
+        multiple of the identity by as much as that costs least: few samples would else make directions that they do
+        not happen to show look free of charge.
+
+        References
+        ----------
+        Ledoit & Wolf (2004), "A well-conditioned estimator for large-dimensional covariance matrices", section 3.3.
         """
         mean = self._sum / self._count if self._cut.bias is not None else np.zeros_like(self._sum)
-        return LayerStatistics(mean, self._squares / self._count, self._count)
+        second = self._squares / self._count
+        covariance = second - np.outer(mean, mean)
+        scale = np.trace(covariance) / len(covariance)
+        spread = float(np.square(covariance).sum()) - scale**2 * len(covariance)
+        noise = max(self._fourth / self._count - float(np.square(second).sum()), 0.0) / self._count
+        share = min(1.0, noise / spread) if spread > 0 else 0.0
+        shrunk = (1 - share) * covariance + share * scale * np.eye(len(covariance))
+        return LayerStatistics(mean, shrunk + np.outer(mean, mean), self._count)
 
 
 def patch_length(spec: ConvSpec) -> int:
@@ -206,15 +248,15 @@ def patch_length(spec: ConvSpec) -> int:
 
 
 def has_moment(spec: ConvSpec) -> bool:
-    """Whether the moment of a layer's patches can be formed."""
-    return not spec.transposed and patch_length(spec) <= MAX_PATCH
+    """Whether the moment of a layer's patches can be formed, and is of use."""
+    return not spec.transposed and not spec.depthwise and patch_length(spec) <= MAX_PATCH
 
 
 def collect(
     model: Model,
     found: Found,
     names: Sequence[str],
-    feeds: Sequence[dict[str, np.ndarray]],
+    feeds: Sequence[Batch],
     *,
     seed: int,
     progress: Progress,
@@ -251,7 +293,7 @@ def _one_pass(
     model: Model,
     found: Found,
     names: Sequence[str],
-    feeds: Sequence[dict[str, np.ndarray]],
+    feeds: Sequence[Batch],
     seed: int,
     done: Callable[[int], None],
 ) -> dict[str, LayerStatistics]:

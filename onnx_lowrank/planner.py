@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from onnx_lowrank.budgets import BUDGET_SOLVERS
-from onnx_lowrank.calibrate import collect, patch_length
+from onnx_lowrank.calibrate import collect, held_apart, patch_length
 from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded
 from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition
@@ -24,10 +25,11 @@ from onnx_lowrank.sensitivity import measured
 from onnx_lowrank.subject import Subject, open_config_data
 from onnx_lowrank.types import Budget, Candidate, Cost, LayerStatistics, Plan, Progress, Skip
 
-CALIBRATION_SAMPLES = 1024
+CALIBRATION_SAMPLES = 2048
 """Samples that layers are fitted on at most; a few hundred do nearly as well."""
 
-CALIBRATION_BATCH = 64
+BATCH, BATCH_BYTES = 64, 1 << 23
+"""Samples run at a time, and bytes of their inputs: a few times as much is alive inside the network."""
 
 QUICK_KERNEL = 1 << 17
 """Elements of a kernel up to which CP is tried by default: a larger one takes seconds to half a minute, each."""
@@ -88,7 +90,7 @@ class Planner:
                         self.subject.groups,
                         self._candidates,
                         seen,
-                        feeds,
+                        held_apart(feeds)[1],
                         seed=self.config.seed,
                         jobs=self.config.workers,
                         progress=self.progress,
@@ -113,7 +115,12 @@ class Planner:
         alone = [group.names[0] for group in self.subject.groups if len(group.layers) == 1]
         with self.stage("calibrate"):
             return collect(
-                self.subject.model, self.subject.found, alone, feeds, seed=self.config.seed, progress=self.progress
+                self.subject.model,
+                self.subject.found,
+                alone,
+                held_apart(feeds)[0],
+                seed=self.config.seed,
+                progress=self.progress,
             )
 
     def _for_each_group(
@@ -135,7 +142,10 @@ class Planner:
         if self._feeds is None and self.config.calibrate is not None:
             data = open_config_data("calibrate", self.subject.inputs, self.config)
             assert data is not None
-            self._feeds = [feeds for feeds, _ in data.take(CALIBRATION_SAMPLES).batches(CALIBRATION_BATCH)]
+            shapes = self.subject.sample_shapes
+            size = sum(item.dtype.itemsize * math.prod(shapes[item.name]) for item in self.subject.inputs)
+            batch = max(1, min(BATCH, BATCH_BYTES // max(size, 1)))
+            self._feeds = [feeds for feeds, _ in data.take(CALIBRATION_SAMPLES).batches(batch)]
         return self._feeds
 
     @property

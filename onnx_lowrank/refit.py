@@ -20,7 +20,16 @@ from dataclasses import replace
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from onnx_lowrank.calibrate import Activations, Moments, has_moment, input_rows, output_rows, run_segment, sample
+from onnx_lowrank.calibrate import (
+    HELD_OUT,
+    Activations,
+    Moments,
+    has_moment,
+    input_rows,
+    output_rows,
+    run_segment,
+    sample,
+)
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.weighted import solve_spd
 from onnx_lowrank.graph.find import Found
@@ -30,9 +39,6 @@ from onnx_lowrank.types import Candidate, Factorization, Progress
 
 RIDGES = (1e-3, 1e-2, 1e-1, np.inf)
 """Pulls of the regression towards the original kernel, relative to the mean variance of the inputs; the last keeps it."""
-
-HELD_OUT = 8
-"""One in so many samples is held out from the fits."""
 
 RECTIFIED_ROUNDS = 3
 """Fits after the first, at most, to targets that a following ReLU leaves free."""
@@ -172,30 +178,33 @@ class _Seen:
 
     @property
     def weights(self) -> np.ndarray:
-        """What each output channel counts for, (O,): the scale of the normalisation after it."""
-        scale = np.abs(self._scale)
+        """What each output channel counts for, (O,): its scale after normalisation, and in the kernels that read it."""
+        reading = self.cut.follow.reading
+        scale = np.abs(self._scale) * (1.0 if reading is None or reading.shape != self._scale.shape else reading)
         return np.maximum(scale, SWITCHED_OFF * scale.max()) if scale.any() else np.ones_like(scale)
 
     @property
     def rectified(self) -> bool:
-        """Whether a ReLU follows whose input is known in full."""
-        return self.cut.follow.relu and (not self.cut.follow.other or self._others is not None)
+        """Whether a ReLU or the like follows whose input is known in full."""
+        return self.cut.follow.bounded and (not self.cut.follow.other or self._others is not None)
 
     def targets(self, reached: np.ndarray | None = None) -> np.ndarray:
         """Outputs wanted: the original's, and what makes up for the other addend of a sum.
 
         With `reached`, what the chain gives now: where a ReLU cuts the original off and would cut this off too, any
-        value below zero is as good, so it may stay as it is.
+        value below zero is as good, so it may stay as it is. Likewise above an upper bound.
         """
         targets = self._reference
         before, after = self._others or (0.0, 0.0)
         if self._others is not None:
             targets = targets + np.where(self._usable, (before - after) / np.where(self._usable, self._scale, 1.0), 0.0)
         if reached is not None and self.rectified:
-            negative = self._scale * self._reference + self._shift + before <= 0
-            allowed = np.minimum(self._scale * reached + self._shift + after, 0.0)
+            wanted = self._scale * self._reference + self._shift + before
+            now = self._scale * reached + self._shift + after
+            low, high = self.cut.follow.low, self.cut.follow.high
+            allowed = np.where(wanted <= low, np.minimum(now, low), np.maximum(now, high))
             free = (allowed - self._shift - after) / np.where(self._usable, self._scale, 1.0)
-            targets = np.where(negative & self._usable, free, targets)
+            targets = np.where(((wanted <= low) | (wanted >= high)) & self._usable, free, targets)
         return np.asarray(targets, dtype=np.float32)
 
     def run(self, made: Factorization, targets: np.ndarray) -> np.ndarray:
@@ -221,8 +230,10 @@ class _Seen:
         wanted = self._scale * self._reference[held] + before
         got = self._scale * self.reached()[held] + after
         if self.rectified:
-            wanted, got = (np.maximum(each + self._shift, 0.0) for each in (wanted, got))
-        return float(np.square(wanted - got).mean())
+            low, high = self.cut.follow.low, self.cut.follow.high
+            wanted, got = (np.clip(each + self._shift, low, high) for each in (wanted, got))
+        counts = self.weights / np.where(self._scale == 0, 1.0, np.abs(self._scale))
+        return float(np.square((wanted - got) * counts).mean())
 
 
 def _held_out(cut: Cut, outputs: Sequence[np.ndarray], where: Sequence[np.ndarray]) -> np.ndarray:

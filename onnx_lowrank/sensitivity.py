@@ -27,8 +27,8 @@ from onnx_lowrank.types import Candidate, Factorization, LayerStatistics, Progre
 ERRORS = (0.4, 0.12, 0.03)
 """Squared relative errors of a layer's output at about which its damage is measured."""
 
-SHARE = 4.0
-"""Work of the measurement in passes of all samples through the model: with more layers, each is seen on fewer of them."""
+SHARE = 32.0
+"""Work of the measurement in passes of the samples through the model: with more layers, each is seen on fewer of them."""
 
 FEWEST = 16
 """Samples that a layer is seen on at least."""

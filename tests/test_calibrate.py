@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_lowrank.calibrate import Activations, collect, input_rows, output_rows, run_segment, sample
+from onnx_lowrank.calibrate import Activations, collect, held_apart, input_rows, output_rows, run_segment, sample
 from onnx_lowrank.graph.find import find_layers
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.segments import cuts
@@ -126,10 +126,10 @@ def test_every_node_runs_in_one_segment_only() -> None:
 def test_what_follows_a_layer_is_read_off_the_graph() -> None:
     model, found = opened(residual())
     one, two, three = (cut.follow for cut in cuts(model, found, ["one", "two", "three"]))
-    assert one.relu and not one.other and one.scale is not None and one.shift is not None
+    assert (one.low, one.high) == (0, np.inf) and not one.other and one.scale is not None and one.shift is not None
     assert two.other == "x" and two.scale is None  # its sum has two readers: a ReLU behind it is not the whole story
-    assert not two.relu
-    assert three.other == "r" and not three.relu
+    assert not two.bounded
+    assert three.other == "r" and not three.bounded
     gain, shift, mean, variance = (
         next(np.frombuffer(t.raw_data, "float32") for t in model.graph.initializer if t.name == name)
         for name in ("gain", "shift", "mean", "variance")
@@ -148,4 +148,45 @@ def test_moments_are_those_of_the_patches() -> None:
     patches = windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 27)
     assert stats.samples == len(patches)  # 25 positions are fewer than are sampled, so all are there
     np.testing.assert_allclose(stats.mean, patches.mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(stats.second_moment, patches.T @ patches / len(patches), rtol=1e-4, atol=1e-5)
+    # Ledoit & Wolf (2004), lemma 3.2 to 3.4, term by term
+    covariance = np.cov(patches.T, bias=True)
+    scale = np.trace(covariance) / 27
+    noise = np.mean([np.square(np.outer(p, p) - patches.T @ patches / len(patches)).sum() for p in patches]) / len(
+        patches
+    )
+    share = min(1.0, noise / np.square(covariance - scale * np.eye(27)).sum())
+    assert 0.01 < share < 1
+    np.testing.assert_allclose(
+        stats.covariance, (1 - share) * covariance + share * scale * np.eye(27), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_few_patches_do_not_make_unseen_directions_free() -> None:
+    text = "g (float[N, 40] x) => (float[N, 30] y) { [layer] y = Gemm (x, w) }"
+    model, found = opened(parse(text, w=normal(40, 30)))
+    stats = collect(model, found, ["layer"], [{"x": normal(10, 40)}], seed=0, progress=no_progress)["layer"]
+    assert np.linalg.eigvalsh(stats.covariance)[0] > 0.1 * np.trace(stats.covariance) / 40
+
+
+def test_held_out_samples_are_one_in_eight_and_in_no_fit() -> None:
+    feeds = [{"x": np.arange(i, i + 6)} for i in range(0, 30, 6)]
+    fit, held = held_apart(feeds)
+    assert np.concatenate([b["x"] for b in held]).tolist() == [7, 15, 23]
+    assert sorted(np.concatenate([b["x"] for b in (*fit, *held)])) == list(range(30))
+    single = [{"x": np.array([i])} for i in range(16)]
+    assert [b["x"][0] for b in held_apart(single)[1]] == [7, 15]
+    assert held_apart(feeds[:1]) == (feeds[:1], feeds[:1])  # too few to hold any out
+
+
+def test_what_reads_a_layer_and_where_it_is_cut_off_are_read_off_the_graph() -> None:
+    text = """g (float[N, 4, 6, 6] x) => (float[N, 4, 6, 6] y) {
+      [one] a = Conv <pads = [1,1,1,1]> (x, w1)
+      b = Clip (a, low, high)
+      [two] y = Conv <pads = [1,1,1,1], group = 4> (b, w2)
+    }"""
+    stored = {"w1": normal(4, 4, 3, 3), "w2": normal(4, 1, 3, 3), "low": np.float32(0), "high": np.float32(6)}
+    model, found = opened(parse(text, **stored))
+    one, two = (cut.follow for cut in cuts(model, found, ["one", "two"]))
+    assert (one.low, one.high, one.bounded) == (0, 6, True)
+    np.testing.assert_allclose(one.reading, np.linalg.norm(stored["w2"].reshape(4, -1), axis=1), rtol=1e-6)
+    assert not two.bounded and two.reading is None  # its output is the model's

@@ -178,6 +178,7 @@ class FirstChannels:
         *,
         rng: np.random.Generator,
         start: Sequence[Sequence[np.ndarray]] | None = None,
+        draft: bool = False,
     ) -> Factorization:
         (kernel,) = weights
         rows = kernel.reshape(len(kernel), kernel.shape[1], -1).swapaxes(0, 1).reshape(kernel.shape[1], -1)

@@ -33,7 +33,7 @@ from onnx_lowrank.linalg import fix_signs, leading_basis, mode_dot, unfold, unit
 RIDGE = 1e-9
 """Added to G, relative to its mean diagonal: features of a dead input or of a surplus rank stay harmless."""
 
-LONG, FURTHER, SHORT = 60, 20, 12
+LONG, FURTHER, SHORT = 120, 40, 12
 """Iterations of a fit that is kept, of one that goes on from an earlier fit, and of one that only predicts."""
 
 

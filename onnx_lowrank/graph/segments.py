@@ -6,6 +6,7 @@ a later node reads is kept at the cuts, and each segment runs once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,7 +46,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Follow:
-    """What becomes of a layer's output y: ``scale * y + shift + other``, and perhaps a ReLU of that.
+    """What becomes of a layer's output y: ``scale * y + shift + other``, perhaps cut off at both ends.
 
     Parameters
     ----------
@@ -53,14 +54,23 @@ class Follow:
         Of a BatchNormalization, (out channels); None where there is none.
     other
         Name of the activation that is added; empty where none is.
-    relu
-        Whether only the positive part goes on.
+    low, high
+        What goes on is not below or above these: 0 and infinity after a ReLU.
+    reading
+        Norm of the kernels that each channel meets next, (out channels); None where more than convolutions read it.
     """
 
     scale: np.ndarray | None = None
     shift: np.ndarray | None = None
     other: str = ""
-    relu: bool = False
+    low: float = -math.inf
+    high: float = math.inf
+    reading: np.ndarray | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether anything is cut off."""
+        return self.low > -math.inf or self.high < math.inf
 
 
 @dataclass(frozen=True)
@@ -178,6 +188,7 @@ class _Whole:
         self._constants = Constants(model)
         self.nodes = list(model.graph.node)
         self.reads = [_reads(node) for node in self.nodes]
+        self._results = {o.name for o in model.graph.output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
         for node, names in zip(self.nodes, self.reads, strict=True):
             for name in names:
@@ -253,11 +264,42 @@ class _Whole:
                     break
                 known = replace(known, other=other)
             elif node.op_type in ("Relu", "Clip"):
-                return replace(known, relu=node.op_type == "Relu")
+                low, high = self._bounds(node)
+                known, name = replace(known, low=low, high=high), node.output[0]
+                break
             elif node.op_type != "Identity":
                 break
             name = node.output[0]
-        return known
+        return replace(known, reading=None if known.other else self._reading(name))
+
+    def _bounds(self, node: onnx.NodeProto) -> tuple[float, float]:
+        """Where a Relu or a Clip cuts off; nowhere as far as that is not constant."""
+        if node.op_type == "Relu":
+            return 0.0, math.inf
+        limits = [-math.inf, math.inf]
+        for index, key in enumerate(("min", "max")):
+            given = node.input[1 + index] if len(node.input) > 1 + index else ""
+            constant = self._constants.find(given) if given else None
+            attribute = next((a.f for a in node.attribute if a.name == key), None)
+            if constant is not None and not constant.overridable:
+                limits[index] = float(constant.read())
+            elif attribute is not None:
+                limits[index] = attribute
+        return limits[0], limits[1]
+
+    def _reading(self, name: str) -> np.ndarray | None:
+        """Norms of the kernels that the channels of a tensor meet, if convolutions are all that reads it."""
+        readers = self._readers.get(name, [])
+        squares: list[np.ndarray] = []
+        for node in readers:
+            constant = self._constants.find(node.input[1]) if node.op_type == "Conv" and node.input[0] == name else None
+            if constant is None:
+                return None
+            kernel = np.square(constant.read().astype(np.float64))
+            group = next((a.i for a in node.attribute if a.name == "group"), 1)
+            blocks = kernel.reshape(group, len(kernel) // group, kernel.shape[1], -1)  # (g, O/g, I/g, k)
+            squares.append(blocks.sum(axis=(1, 3)).ravel())
+        return np.sqrt(sum(squares)) if squares and name not in self._results else None
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:
