@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
-
 from onnx_lowrank.budgets import BUDGET_SOLVERS
-from onnx_lowrank.calibrate import collect, held_apart, patch_length
+from onnx_lowrank.calibrate import Batch, collect, held_apart, patch_length
 from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded
 from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition
@@ -23,7 +22,7 @@ from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
 from onnx_lowrank.sensitivity import measured
 from onnx_lowrank.subject import Subject, open_config_data
-from onnx_lowrank.types import Budget, Candidate, Cost, LayerStatistics, Plan, Progress, Skip
+from onnx_lowrank.types import Budget, Candidate, Cost, Layer, LayerStatistics, Plan, Progress, Skip
 
 CALIBRATION_SAMPLES = 2048
 """Samples that layers are fitted on at most; a few hundred do nearly as well."""
@@ -39,6 +38,9 @@ QUICK_PATCH = 1152
 
 CLOSED_FORM = ("svd", "channel_svd")
 """The fits to data without iterations."""
+
+FITTING_BYTES = 4 << 30
+"""Most bytes of activations kept for fitting layers one after the other: of large pictures, fewer samples are used."""
 
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
@@ -56,8 +58,9 @@ class Planner:
         searches = config.max_drop is not None or any(budget.metric in MEASURED for budget in config.budget)
         self._cache = FactorCache() if searches else None
         self._candidates: list[tuple[Candidate, ...]] | None = None
+        self._unmeasured: list[tuple[Candidate, ...]] | None = None
         self._refused: tuple[Skip, ...] = ()
-        self._feeds: list[dict[str, np.ndarray]] | None = None
+        self._feeds: list[Batch] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -83,6 +86,7 @@ class Planner:
             self._candidates = [candidates for candidates, _ in made]
             feeds = self.calibration()
             if feeds is not None:
+                self._unmeasured = self._candidates
                 with self.stage("sensitivity"):
                     self._candidates = measured(
                         self.subject.model,
@@ -137,7 +141,7 @@ class Planner:
                 stage="analyze",
             )
 
-    def calibration(self) -> list[dict[str, np.ndarray]] | None:
+    def calibration(self) -> list[Batch] | None:
         """Samples for fitting, batch by batch; None where the user gave none."""
         if self._feeds is None and self.config.calibrate is not None:
             data = open_config_data("calibrate", self.subject.inputs, self.config)
@@ -183,6 +187,31 @@ class Planner:
         with self.stage("allocate"):
             return self.plan(BUDGET_SOLVERS["knapsack"](candidates, budgets, dense.rest, dense.original))
 
+    def alternatives(self, budgets: Sequence[Budget]) -> list[Plan]:
+        """Plans within budgets, the likeliest first, of which only the model itself can tell the best.
+
+        Measured damages are those of layers changed alone, and those of all of them do not quite add up. A second plan
+        goes by the mean of the damage and the plain error of each layer.
+        """
+        first = self.solve(budgets)
+        if self._unmeasured is None or self._candidates is None:
+            return [first]
+        measured, self._candidates = (
+            self._candidates,
+            [
+                tuple(
+                    replace(c, error=math.sqrt(c.error * plain.error)) for c, plain in zip(group, plains, strict=True)
+                )
+                for group, plains in zip(self._candidates, self._unmeasured, strict=True)
+            ],
+        )
+        try:
+            second = self.solve(budgets)
+        finally:
+            self._candidates = measured
+        ranks = [[(c.decomposition, c.rank) for c in plan.choices] for plan in (first, second)]
+        return [first] if ranks[0] == ranks[1] else [first, second]
+
     def smallest(self, metric: str, *notes: str) -> Plan:
         """The plan that goes as far down in `metric` as the candidates allow."""
         return self.plan([min(group, key=lambda c: getattr(c.cost, metric)) for group in self.candidates()], *notes)
@@ -214,8 +243,30 @@ class Planner:
                 jobs=self.config.workers,
                 progress=self.progress,
                 cache=self._cache,
-                feeds=self.calibration(),
+                feeds=self._fitting(),
             )
+
+    def _fitting(self) -> list[Batch] | None:
+        """Samples that the layers are fitted on: as many as have room with all that is alive in both networks."""
+        feeds = self.calibration()
+        if feeds is None:
+            return None
+        alive = max(_alive(layer) for layer in self.subject.found.layers)
+        room, few = FITTING_BYTES, list[Batch]()
+        for batch in feeds:
+            room -= alive * len(next(iter(batch.values())))
+            if few and room < 0:
+                break
+            few.append(batch)
+        return few
+
+
+def _alive(layer: Layer) -> int:
+    """Bytes of a sample at a layer: its input, output and one more of that size, in two networks."""
+    spec = layer.spec
+    after = spec.output_size(layer.input_size)
+    into, out = spec.in_channels * math.prod(layer.input_size), spec.out_channels * math.prod(after)
+    return 8 * layer.batch * (into + 2 * out)
 
 
 _Task = tuple[Group, tuple[str, ...], "LayerStatistics | None"]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 from onnx_lowrank.bench import Attempt, Bench
 from onnx_lowrank.budgets.knapsack import OutOfReach
 from onnx_lowrank.config import MEASURED, Config
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.report.data import BudgetResult, Size
-from onnx_lowrank.types import Budget, Plan
+from onnx_lowrank.types import Budget, Metric, Plan
 from onnx_lowrank.verify import CONFIDENCE, Accuracy, Latency
 
 logger = logging.getLogger(__name__)
 
 SEARCH_STEPS = 7
-"""Halvings of the range in which the smallest acceptable share is searched: to 1 % of the original."""
+"""Most plans tried in a search for the smallest acceptable share."""
+
+FINE = 1.05
+"""A search ends where the smallest share that holds is within this factor of one that does not."""
 
 CORRECTIONS = 4
 """Plans made in turn for budgets that only the finished model can be measured on."""
@@ -66,7 +70,7 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
     measured = [metric for metric in ratios if metric in MEASURED]
     best: Attempt | None = None
     for _ in range(CORRECTIONS if measured else 1):
-        attempt = bench.attempt(_solve(planner, ratios))
+        attempt = bench.attempt(*_plans(planner, ratios))
         latency = bench.latency(attempt) if "latency" in ratios else None
         missed = [
             r
@@ -92,16 +96,16 @@ def _corrected(share: float, result: BudgetResult) -> float:
     return line if line > 0 else share * asked / result.reached
 
 
-def _solve(planner: Planner, ratios: dict[str, float]) -> Plan:
-    """The plan within `ratios`, each measured metric by the planned one that stands for it; the smallest if there is none."""
+def _plans(planner: Planner, ratios: dict[str, float]) -> list[Plan]:
+    """Plans within `ratios`, each measured metric by the planned one that stands for it; the smallest if there is none."""
     planned: dict[str, float] = {}
     for metric, ratio in ratios.items():
         name = MEASURED.get(metric, metric)
         planned[name] = min(ratio, planned.get(name, 1.0))
     try:
-        return planner.solve([Budget(metric, ratio) for metric, ratio in planned.items()])
+        return planner.alternatives([Budget(metric, ratio) for metric, ratio in planned.items()])
     except OutOfReach as error:
-        return planner.smallest(next(iter(planned)), str(error))
+        return [planner.smallest(next(iter(planned)), str(error))]
 
 
 def within_drop(planner: Planner, bench: Bench) -> Attempt:
@@ -109,32 +113,53 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
     config = planner.config
     assert config.max_drop is not None
     metric = MEASURED.get(config.objective, config.objective)
-    best = bench.attempt(planner.dense())
+    dense = bench.attempt(planner.dense())
     if planner.hopeless:
-        return bench.attempt(planner.dense(NOTHING_TO_GAIN))
-    if _drop(best.accuracy) > config.max_drop:
-        return bench.attempt(planner.dense(_too_few(best.accuracy, config.max_drop)))
+        return _left(dense, planner, NOTHING_TO_GAIN)
+    if _drop(dense.accuracy) > config.max_drop:
+        return _left(dense, planner, _too_few(dense.accuracy, config.max_drop))
+    best, missed = dense, None
     low, high = planner.smallest(metric).ratio(metric), 1.0
     for step in range(SEARCH_STEPS):
         planner.progress("search", step, SEARCH_STEPS)
-        middle = (low + high) / 2
-        attempt = bench.attempt(_solve(planner, {metric: middle}))
-        held = _drop(attempt.accuracy) <= config.max_drop
+        middle = math.sqrt(low * high)
+        if high / low < FINE:
+            break
+        attempt = bench.attempt(_plans(planner, {metric: middle})[0])
         logger.info("%s=%.3f: drop at most %.4f", metric, middle, _drop(attempt.accuracy))
-        if held:
-            best, high = attempt, middle
+        if _drop(attempt.accuracy) <= config.max_drop:
+            best, high = attempt, min(middle, attempt.plan.ratio(metric))
         else:
-            low = middle
+            missed, low = attempt, middle
     planner.progress("search", SEARCH_STEPS, SEARCH_STEPS)
     if not best.layers:
-        return bench.attempt(
-            planner.dense(f"no plan lost as little as {config.max_drop:g}: the model is left as it is")
-        )
+        return _left(dense, planner, f"no plan lost as little as {config.max_drop:g}: the model is left as it is")
     if config.objective == "latency" and bench.latency(best).speedup_high_95 < 1:
-        return bench.attempt(
-            planner.dense("every plan that holds the accuracy is slower than the original: it is left as it is")
+        return _left(
+            dense, planner, "every plan that holds the accuracy is slower than the original: it is left as it is"
         )
-    return best
+    return replace(best, plan=best.plan.with_notes(*_why_not_more(missed, metric, config.max_drop)))
+
+
+def _left(dense: Attempt, planner: Planner, why: str) -> Attempt:
+    """The original, and why it was left alone."""
+    return replace(dense, plan=planner.dense(why))
+
+
+def _why_not_more(missed: Attempt | None, metric: Metric, limit: float) -> tuple[str, ...]:
+    """What kept the search from the next smaller plan: its drop, or too few samples to tell."""
+    if missed is None:
+        return ()
+    accuracy, share = missed.accuracy, missed.plan.ratio(metric)
+    note = f"the next smaller plan, at {metric} {share:.3f}, lost {accuracy.drop:.4f}"
+    if math.isnan(accuracy.drop_upper_95) or not math.isfinite(accuracy.drop_upper_95):
+        return (note,)
+    note += f" (at most {accuracy.drop_upper_95:.4f} with {CONFIDENCE:.0%} confidence on {accuracy.samples} samples)"
+    if accuracy.drop >= limit:
+        return (note,)
+    # the width of the interval goes with one over the root of the number of samples
+    needed = accuracy.samples * ((accuracy.drop_upper_95 - accuracy.drop) / (limit - accuracy.drop)) ** 2
+    return (f"{note}: about {math.ceil(needed)} samples would tell whether it holds {limit:g}",)
 
 
 def _too_few(accuracy: Accuracy, limit: float) -> str:

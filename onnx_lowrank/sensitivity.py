@@ -80,6 +80,17 @@ def measured(
     ]
 
 
+def difference(outputs: Sequence[Sequence[np.ndarray]], reference: Sequence[Sequence[np.ndarray]]) -> float:
+    """Squared difference of the outputs over their variance, batch by batch given; the mean over those of floats."""
+    parts = []
+    for got, wanted in zip(zip(*outputs, strict=True), zip(*reference, strict=True), strict=True):
+        if wanted[0].dtype.kind != "f":
+            continue
+        one, two = (np.concatenate([each.astype(np.float64).ravel() for each in batches]) for batches in (got, wanted))
+        parts.append(float(np.nan_to_num(np.square(one - two), nan=np.inf).mean() / max(np.var(two), NOTHING)))
+    return float(np.mean(parts)) if parts else 0.0
+
+
 def _probes(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The candidates nearest to the errors that are measured."""
     lossy = [c for c in candidates if not c.dense and c.error > NOTHING]
@@ -166,7 +177,6 @@ class _Bench:
             alive.keep(cut.alive)
         self._run(self._last, alive)
         self._reference = self._results(alive)
-        self._variance = [max(float(np.var(each)), NOTHING) * each.size for each in self._reference]
 
     def damage(self, choice: Candidate, made: Factorization) -> float:
         """Squared difference of the outputs over their variance, with one choice made."""
@@ -184,17 +194,11 @@ class _Bench:
                     alive.shift(cut, _mean_missed(cut, wanted, [batch[cut.output] for batch in alive.batches]))
             alive.keep(cut.alive)
         self._run(self._last, alive)
-        missed = [
-            float(np.nan_to_num(np.square(got - wanted), nan=np.inf).sum()) / variance
-            for got, wanted, variance in zip(self._results(alive), self._reference, self._variance, strict=True)
-        ]
-        return float(np.mean(missed)) if missed else 0.0
+        return difference(self._results(alive), self._reference)
 
-    def _results(self, activations: Activations) -> list[np.ndarray]:
-        """Each output of floats, all batches in one row."""
-        batches = activations.batches
-        kinds = [name for name in self._outputs if batches[0][name].dtype.kind == "f"]
-        return [np.concatenate([batch[name].astype(np.float64).ravel() for batch in batches]) for name in kinds]
+    def _results(self, activations: Activations) -> list[list[np.ndarray]]:
+        """The outputs, batch by batch."""
+        return [[batch[name] for name in self._outputs] for batch in activations.batches]
 
 
 def _mean_missed(cut: Cut, wanted: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> np.ndarray:

@@ -553,7 +553,7 @@ def test_calibration_samples_make_a_better_model_and_the_same_bytes_from_the_sam
     assert ranks(blind) == ranks(told) == {"only": (4,)}
     assert blind.report.accuracy is not None and told.report.accuracy is not None
     assert blind.report.accuracy.others["sqnr"] < 20
-    assert told.report.accuracy.others["sqnr"] > 60
+    assert told.report.accuracy.others["sqnr"] > 40  # shrinkage keeps a little of what the samples do not show
     assert any("no calibration data" in note for note in blind.report.notes)
     assert not any("no calibration data" in note for note in told.report.notes)
     plan = lr.analyze(model, calibrate=data, **options)

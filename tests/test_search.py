@@ -54,7 +54,7 @@ class FakeBench:
     def original(self) -> Size:
         return Size(tiny.CLASSIFIER_MACS, tiny.CLASSIFIER_PARAMS, 1_000_000)
 
-    def attempt(self, plan: Plan) -> Attempt:
+    def attempt(self, plan: Plan, *others: Plan) -> Attempt:
         self.plans.append(plan)
         size = Size(plan.cost.macs, plan.cost.params, round(1e6 * self.size(plan.ratio("params"))))
         drop = self.drop(plan.ratio("macs"))
