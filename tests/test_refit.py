@@ -106,3 +106,48 @@ def test_layers_that_share_a_kernel_and_transposed_ones_run_along() -> None:
     assert np.isfinite(run(result.model, {"x": x})[0]).all()
     kernels = {n.input[1] for n in result.model.graph.node if n.op_type == "Conv"}
     assert len(kernels) == 2 + ("up" in names)  # stored once for both
+
+
+@pytest.mark.parametrize("count", [8, 24, 200])
+@pytest.mark.parametrize("methods", ["channel_svd,svd", "cp3"])
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_the_refit_never_raises_the_error_on_samples_it_has_not_seen(count: int, methods: str, share: float) -> None:
+    plan = lr.analyze(models.DIGITS, budget={"macs": share}, methods=methods)
+    blind, fitted = lr.apply(models.DIGITS, plan), lr.apply(models.DIGITS, plan, calibrate=samples(count))
+    assert error(fitted.model) < error(blind.model)
+
+
+@pytest.mark.parametrize("layer", ["Conv <pads = [1,1,1,1]> (x, w)", "Conv <pads = [1,1,1,1]> (x, w, c)"])
+def test_on_inputs_without_structure_the_refit_does_no_harm(layer: str) -> None:
+    """Independent inputs of one variance: the norm of the kernel is that of the output, and there is nothing to learn."""
+    model = parse(
+        f"g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y) {{ [only] a = {layer}\n y = Relu (a) }}",
+        **({"w": normal(8, 8, 3, 3)} | ({"c": normal(8)} if ", c" in layer else {})),
+    )
+    seen, other = normal(16, 8, 6, 6, seed=1), normal(256, 8, 6, 6, seed=2)
+    plan = lr.analyze(model, budget={"macs": 0.4}, methods="channel_svd", align=1)
+    wanted = run(model, {"x": other})[0]
+    blind, fitted = (
+        np.linalg.norm(run(lr.apply(model, plan, **options).model, {"x": other})[0] - wanted)
+        for options in ({}, {"calibrate": [{"x": seen}]})
+    )
+    assert fitted < 1.02 * blind
+
+
+def test_what_a_clip_cuts_off_is_left_free() -> None:
+    text = """g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y) {
+      [only] a = Conv <pads = [1,1,1,1]> (x, w, c)
+      y = Clip (a, low, high)
+    }"""
+    # half of each channel is cut off, at the one end or the other
+    bias = np.array([-1, 1] * 4, "float32")
+    model = parse(text, w=normal(8, 8, 3, 3), c=bias, low=np.float32(-1), high=np.float32(1))
+    x = normal(512, 8, 6, 6, seed=2)
+    result = lr.compress(model, calibrate=[{"x": x}], budget={"macs": 0.56}, methods="channel_svd", align=1)
+    free = parse(text.replace("Clip (a, low, high)", "Identity (a)"), w=normal(8, 8, 3, 3), c=bias)
+    plain = lr.compress(free, calibrate=[{"x": x}], budget={"macs": 0.56}, methods="channel_svd", align=1)
+    other = normal(64, 8, 6, 6, seed=3)
+    wanted = run(model, {"x": other})[0]
+    cut = np.linalg.norm(run(result.model, {"x": other})[0] - wanted)
+    uncut = np.linalg.norm(np.clip(run(plain.model, {"x": other})[0], -1, 1) - wanted)
+    assert cut < 0.97 * uncut

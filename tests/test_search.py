@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import models
 import onnx_lowrank as lr
 from onnx_lowrank.bench import Attempt
 from onnx_lowrank.config import make_config
@@ -19,7 +20,7 @@ from onnx_lowrank.planner import Planner
 from onnx_lowrank.report.data import BudgetResult, Size
 from onnx_lowrank.search import CORRECTIONS, SEARCH_STEPS, budget_results, within_budgets, within_drop
 from onnx_lowrank.subject import open_subject
-from onnx_lowrank.types import Plan, no_progress
+from onnx_lowrank.types import Factorization, Plan, no_progress
 from onnx_lowrank.verify import Accuracy, Latency, drop_upper
 from tests import tiny
 
@@ -249,3 +250,34 @@ def test_a_budget_met_exactly_is_met() -> None:
 def test_a_metric_that_is_no_number_is_not_met() -> None:
     bench = drop_bench(0.01, drop=lambda share: math.nan)
     assert not results(bench, bench.attempt(bench.planner.dense()))["drop"].met
+
+
+def test_a_damaged_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong on the way: what breaks the promise is not given back."""
+    stored = Factorization.stored
+
+    def damaged(self: Factorization, dtype: np.dtype) -> Factorization:
+        return stored(replace(self, kernels=tuple(tuple(k[::-1] for k in kernels) for kernels in self.kernels)), dtype)
+
+    options: dict[str, Any] = {"calibrate": models.DIGITS_CALIBRATE, "evaluate": models.DIGITS_TEST, "jobs": 1}
+    whole = lr.compress(models.DIGITS, max_drop=0.02, objective="macs", methods="channel_svd,svd", **options)
+    assert whole.met and not whole.report.unchanged
+    monkeypatch.setattr(Factorization, "stored", damaged)
+    broken = lr.compress(models.DIGITS, max_drop=0.02, objective="macs", methods="channel_svd,svd", **options)
+    assert broken.report.unchanged and broken.met
+    assert any("no plan lost as little as 0.02" in note for note in broken.report.notes)
+    forced = lr.compress(models.DIGITS, budget={"macs": 0.5}, max_drop=0.02, methods="channel_svd,svd", **options)
+    assert not forced.met  # asked for a size as well, so it is there to be looked at: but not as met
+    assert forced.report.accuracy.drop > 0.1
+
+
+def test_why_the_search_stopped_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = drop_bench(0.01, drop=lambda share: 0.0 if share >= 0.5 else 0.005)
+    bench.upper = lambda drop: 0.001 if drop == 0 else 0.015
+    best = within_drop(bench.planner, bench)  # type: ignore[arg-type]
+    (note,) = (note for note in best.plan.notes if "next smaller plan" in note)
+    # 400 samples give 0.010 above the drop, and 0.005 is allowed: four times as many halve it
+    assert note.endswith("about 1600 samples would tell whether it holds 0.01")
+    bench = drop_bench(0.01, drop=lambda share: 0.0 if share >= 0.5 else 0.2)
+    (note,) = (n for n in within_drop(bench.planner, bench).plan.notes if "next smaller plan" in n)  # type: ignore[arg-type]
+    assert "lost 0.2000" in note and "would tell" not in note
