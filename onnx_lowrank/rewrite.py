@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from onnx_lowrank.candidates import Group, chain_macs, loaded, show_rank
+from onnx_lowrank.correction import corrected_biases
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
@@ -89,13 +90,14 @@ def rewrite(
         )
         for (_, choice), new in zip(todo, made, strict=True):
             cache.put(choice, new)
+    kept = {choice: factorization for _, choice in work if (factorization := cache.get(choice)) is not None}
+    biases = {} if feeds else corrected_biases(model, found, kept)
     replacements, reports = [], []
     for group, choice in work:
-        factorization = cache.get(choice)
-        assert factorization is not None
+        factorization = kept[choice]
         for index, (layer, chain) in enumerate(zip(group.layers, choice.chains, strict=True)):
             kernels = factorization.kernels[index if len(factorization.kernels) > 1 else 0]
-            bias = factorization.biases[index] if factorization.biases else None
+            bias = factorization.biases[index] if factorization.biases else biases.get(layer.name)
             replacements.append(Replacement(layer.name, choice.decomposition, choice.rank, chain, kernels, bias))
             reports.append((layer, chain, choice, factorization, index == 0))
     result, nodes = splice(model, found, replacements)
