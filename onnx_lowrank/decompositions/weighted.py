@@ -19,6 +19,7 @@ convolutional networks for classification and detection", section 3.1 (the norm,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from onnx_lowrank.linalg import fix_signs, leading_basis, mode_dot, unfold, unit
 RIDGE = 1e-9
 """Added to G, relative to its mean diagonal: features of a dead input or of a surplus rank stay harmless."""
 
-LONG, FURTHER, SHORT = 120, 40, 12
+LONG, FURTHER, SHORT = 120, 40, 20
 """Iterations of a fit that is kept, of one that goes on from an earlier fit, and of one that only predicts."""
 
 
@@ -270,19 +271,28 @@ class DepthwiseMap(InnerMap):
 
 
 FITTED_AT = 5
-"""Ranks at which a prediction really fits, spaced evenly in their logarithm."""
+"""Ranks at which a prediction really fits: as many spaced evenly, and as many spaced evenly in their logarithm."""
+
+STEEPEST = 1e-2
+"""Least share of an error that is left at the next rank fitted, for what is in between: at full rank it drops to nothing."""
 
 
 def interpolated_errors(fit: Callable[[int], float], ranks: Sequence[int]) -> np.ndarray:
-    """Errors at `ranks` from fits at a few of them and from the error 1 of rank 0, not increasing with the rank.
+    """Errors at `ranks` from fits at some of them and from the error 1 of rank 0, not increasing with the rank.
 
     Errors fall about exponentially with the rank: their logarithm is interpolated, by monotone cubics.
     """
     known = np.unique(ranks)
-    wanted = np.geomspace(known[0], known[-1], min(FITTED_AT, len(known)))
+    count = min(FITTED_AT, len(known))
+    wanted = [*np.geomspace(known[0], known[-1], count), *np.linspace(known[0], known[-1], count)]
     picks = np.unique([known[np.abs(known - rank).argmin()] for rank in wanted])
-    reached = np.minimum.accumulate([1.0, *(max(fit(int(rank)), np.finfo(float).tiny) for rank in picks)])
-    return np.exp(PchipInterpolator([0, *picks], np.log(reached))(ranks))
+    reached = np.minimum.accumulate([fit(int(rank)) for rank in picks])
+    logs = [0.0]
+    for error in reached:
+        logs.append(max(math.log(max(error, np.finfo(float).tiny)), logs[-1] + math.log(STEEPEST)))
+    between = np.exp(PchipInterpolator([0, *picks], logs)(ranks))
+    exact = dict(zip(picks.tolist(), reached.tolist(), strict=True))
+    return np.array([exact.get(int(rank), value) for rank, value in zip(ranks, between, strict=True)])
 
 
 def fit_first_stage(
