@@ -43,6 +43,10 @@ EVALUATION_BATCH = 32
 RANDOM_SAMPLES = 8
 """Made up where no data is given, to see at least that the result runs and stays near the original."""
 
+UNFITTED = (
+    "on the samples held out, layers fitted to the others did worse than the weights alone, which were kept: give more "
+    "calibration samples"
+)
 
 LARGE = 1 << 26
 """Models of more bytes than this wait on disk while they are measured, not in memory."""
@@ -118,13 +122,19 @@ class Bench:
         return self._tested[1]
 
     def attempt(self, plan: Plan, *others: Plan) -> Attempt:
-        """Carry out `plan` and measure what comes out; of several, what stays nearest to the original."""
+        """Carry out `plan` and measure what comes out; of several, what stays nearest to the original.
+
+        With calibration samples, the plan by the weights alone is one of them: no fit makes a model worse than that on
+        the samples held out.
+        """
+        fitted = self.planner.config.calibrate is not None and any(not choice.dense for choice in plan.choices)
+        variants = [(each, True) for each in (plan, *others)] + ([(plan.with_notes(UNFITTED), False)] if fitted else [])
         made = []
-        for each in (plan, *others):
-            model, layers = self.planner.carry_out(each)
+        for each, fit in variants:
+            model, layers = self.planner.carry_out(each, fit=fit)
             placed = self._place(model)
             del model  # a large one is on disk now, and two sessions are about to need the memory
-            made.append((self._difference(placed.path) if others else 0.0, placed, each, layers))
+            made.append((self._difference(placed.path) if len(variants) > 1 else 0.0, placed, each, layers))
         _, placed, chosen, layers = min(made, key=lambda item: item[0])
         return self._measure(placed, chosen, layers)
 

@@ -32,7 +32,7 @@ class Result:
     model
         Of the kind that was given: a ModelProto (also for a path) or a graphsurgeon Graph.
     plan, report
-        What was decided, and what came of it (None from `apply` without verification).
+        What was decided, and what came of it.
     """
 
     model: Any
@@ -261,6 +261,11 @@ def _advice(planner: Planner, best: Attempt, latency: Latency) -> tuple[str, ...
         notes.append(
             "no calibration data was given: the weights alone decided, and accuracy suffers more than it has to; "
             "a few hundred unlabelled samples (--calibrate) bring most of it back"
+        )
+    used, given = planner.fitted_on
+    if used < given:
+        notes.append(
+            f"layers were fitted on {used} of {given} calibration samples: the activations of more do not fit into memory"
         )
     if best.layers and latency.speedup_high_95 < 1:
         notes.append(

@@ -60,6 +60,8 @@ class Planner:
         self._candidates: list[tuple[Candidate, ...]] | None = None
         self._unmeasured: list[tuple[Candidate, ...]] | None = None
         self._refused: tuple[Skip, ...] = ()
+        self.fitted_on = 0, 0
+        """Samples that layers were fitted on one after the other, of how many."""
         self._feeds: list[Batch] | None = None
 
     @contextmanager
@@ -228,8 +230,8 @@ class Planner:
         groups = self.subject.groups
         return self.plan([g.dense if isinstance(m, Skip) else m for g, m in zip(groups, made, strict=True)])
 
-    def carry_out(self, plan: Plan) -> tuple[Model, tuple[LayerReport, ...]]:
-        """The rewritten model, and what became of its layers."""
+    def carry_out(self, plan: Plan, *, fit: bool = True) -> tuple[Model, tuple[LayerReport, ...]]:
+        """The rewritten model, and what became of its layers; without `fit` by the weights alone."""
         subject = self.subject
         if all(choice.dense for choice in plan.choices):
             return subject.model, ()
@@ -243,7 +245,7 @@ class Planner:
                 jobs=self.config.workers,
                 progress=self.progress,
                 cache=self._cache,
-                feeds=self._fitting(),
+                feeds=self._fitting() if fit else None,
             )
 
     def _fitting(self) -> list[Batch] | None:
@@ -251,14 +253,19 @@ class Planner:
         feeds = self.calibration()
         if feeds is None:
             return None
-        alive = max(_alive(layer) for layer in self.subject.found.layers)
+        alive = max((_alive(layer) for layer in self.subject.found.layers), default=0)
         room, few = FITTING_BYTES, list[Batch]()
         for batch in feeds:
-            room -= alive * len(next(iter(batch.values())))
+            room -= alive * _count(batch)
             if few and room < 0:
                 break
             few.append(batch)
+        self.fitted_on = sum(map(_count, few)), sum(map(_count, feeds))
         return few
+
+
+def _count(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def _alive(layer: Layer) -> int:

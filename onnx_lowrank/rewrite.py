@@ -70,31 +70,19 @@ def rewrite(
     LowRankError
         Where a layer cannot be factorised or written; its name, decomposition and rank are in the message.
     """
-    cache = FactorCache() if cache is None else cache
     by_names = {group.names: group for group in groups}
     work = [(by_names[c.layers], c) for c in plan.choices if not c.dense]
-    todo = [(group, choice) for group, choice in work if cache.get(choice) is None]
-    if feeds:
-        cache = FactorCache()  # each fit depends on those before it: nothing can be kept from another plan
-        fitted = refit(model, found, [choice for _, choice in work], feeds, seed=seed, progress=progress)
-        for _, choice in work:
-            cache.put(choice, fitted[choice.layers])
+    choices = [choice for _, choice in work]
+    biases: dict[str, np.ndarray] = {}
+    if feeds:  # each fit depends on those before it: nothing can be kept from another plan
+        fitted = refit(model, found, choices, feeds, seed=seed, progress=progress)
+        made = {choice: fitted[choice.layers] for choice in choices}
     else:
-        made = run_all(
-            _factorize,
-            [partial(_task, group, choice, seed) for group, choice in todo],
-            [group.layers[0].spec.params for group, _ in todo],
-            jobs=jobs,
-            progress=progress,
-            stage="factorize",
-        )
-        for (_, choice), new in zip(todo, made, strict=True):
-            cache.put(choice, new)
-    kept = {choice: factorization for _, choice in work if (factorization := cache.get(choice)) is not None}
-    biases = {} if feeds else corrected_biases(model, found, kept)
+        made = _by_weights(work, FactorCache() if cache is None else cache, seed, jobs, progress)
+        biases = corrected_biases(model, found, made)
     replacements, reports = [], []
     for group, choice in work:
-        factorization = kept[choice]
+        factorization = made[choice]
         for index, (layer, chain) in enumerate(zip(group.layers, choice.chains, strict=True)):
             kernels = factorization.kernels[index if len(factorization.kernels) > 1 else 0]
             bias = factorization.biases[index] if factorization.biases else biases.get(layer.name)
@@ -118,6 +106,26 @@ def rewrite(
         )
         for layer, chain, choice, factorization, first in reports
     )
+
+
+def _by_weights(
+    work: Sequence[tuple[Group, Candidate]], cache: FactorCache, seed: int, jobs: int, progress: Progress
+) -> dict[Candidate, Factorization]:
+    """Every choice factorised by the weights alone, or taken from the cache."""
+    known = {choice: cache.get(choice) for _, choice in work}
+    todo = [(group, choice) for group, choice in work if known[choice] is None]
+    made = run_all(
+        _factorize,
+        [partial(_task, group, choice, seed) for group, choice in todo],
+        [group.layers[0].spec.params for group, _ in todo],
+        jobs=jobs,
+        progress=progress,
+        stage="factorize",
+    )
+    for (_, choice), new in zip(todo, made, strict=True):
+        cache.put(choice, new)
+        known[choice] = new
+    return {choice: factorization for choice, factorization in known.items() if factorization is not None}
 
 
 def _task(group: Group, choice: Candidate, seed: int) -> tuple[Group, Candidate, int]:

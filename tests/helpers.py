@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime
+import pytest
 from onnx import numpy_helper
 
 from onnx_lowrank.candidates import group_layers, price
@@ -21,6 +23,9 @@ from onnx_lowrank.rewrite import LayerReport, rewrite
 from onnx_lowrank.types import Plan, Rank, no_progress
 
 Feeds = dict[str, np.ndarray]
+
+SHARED = Path(os.environ.get("ONNX_LOWRANK_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+needs_shared = pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason="ONNX_LOWRANK_DATA has no cifar10")
 
 
 def parse(text: str, *, opset: int = 17, ir_version: int = 8, **stored: np.ndarray) -> onnx.ModelProto:

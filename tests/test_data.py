@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
 import sys
 import tracemalloc
@@ -21,10 +20,9 @@ from onnx import numpy_helper
 from onnx_lowrank.data import Preprocess, apply_preprocess, load_function, load_preprocess, open_data
 from onnx_lowrank.graph.tensors import read_tensor_file
 from onnx_lowrank.types import InputSpec, LowRankError
+from tests.helpers import SHARED, needs_shared
 
 FILES = Path(__file__).parent / "data"
-SHARED = Path(os.environ.get("ONNX_LOWRANK_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
-needs_shared = pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason="ONNX_LOWRANK_DATA has no cifar10")
 
 RAW = Preprocess()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,18 @@ def test_with_more_layers_each_is_seen_on_fewer_samples() -> None:
     assert counts[0] == 1024 and counts[1] // 2 == counts[2] and counts[3] == 16
     alone = [{"x": np.zeros((64, 2)), "scale": np.zeros(1)}]
     assert _few(alone, 90000) == alone  # an input without samples cannot be cut
+
+
+def test_samples_whose_activations_do_not_fit_are_left_out_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    feeds = [{"input": np.load(models.DIGITS_CALIBRATE)["input"][:128]}]
+    options: dict[str, Any] = {"calibrate": feeds, "budget": {"macs": 0.5}, "methods": "channel_svd,svd"}
+    whole = lr.compress(models.DIGITS, **options)
+    assert not any("do not fit" in note for note in whole.report.notes)
+    monkeypatch.setattr("onnx_lowrank.planner.BATCH", 32)
+    monkeypatch.setattr("onnx_lowrank.planner.FITTING_BYTES", 1)
+    few = lr.compress(models.DIGITS, **options)
+    assert few.met
+    assert any(note.startswith("layers were fitted on 32 of 128 calibration samples") for note in few.report.notes)
 
 
 def test_every_layer_of_the_shipped_model_has_a_damage() -> None:

@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnx_lowrank.graph.constants import Constants, add_initializer, drop_unread, lists_all
-from onnx_lowrank.graph.model import Model, attributes, readers, tensor_names
+from onnx_lowrank.graph.model import Model, attributes, fresh_name, readers, tensor_names
 
 
 def fold_batchnorm(model: Model) -> int:
@@ -53,7 +53,7 @@ def fold_batchnorm(model: Model) -> int:
             addend = (((bias[0] if bias else 0.0) - mean) * factor + shift).astype(values[0].dtype)
         if not (np.isfinite(kernel).all() and np.isfinite(addend).all()):
             continue  # it does not fit half precision
-        names = [_fresh(f"{stem}_folded", taken) for stem in (conv.input[1], f"{norm.output[0]}_bias")]
+        names = [fresh_name(f"{stem}_folded", taken) for stem in (conv.input[1], f"{norm.output[0]}_bias")]
         for name, value in zip(names, (kernel, addend), strict=True):
             add_initializer(model, numpy_helper.from_array(np.ascontiguousarray(value), name), listed=listed)
         unread += [*sources, conv.output[0]]
@@ -96,11 +96,3 @@ def _scale_outputs(weight: np.ndarray, factor: np.ndarray, conv: onnx.NodeProto)
     group = _group(conv)
     blocks = weight.reshape(group, -1, *weight.shape[1:])  # (I, O/g, k...) -> (g, I/g, O/g, k...)
     return (blocks * factor.reshape(group, 1, -1, *ones)).reshape(weight.shape)
-
-
-def _fresh(stem: str, taken: set[str]) -> str:
-    name, number = stem, 1
-    while name in taken:
-        name, number = f"{stem}_{number}", number + 1
-    taken.add(name)
-    return name

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from onnx_lowrank.graph.constants import Constant, Constants
-from onnx_lowrank.graph.model import Model, all_graphs, attributes, readers, subgraphs
+from onnx_lowrank.graph.model import Model, all_graphs, attributes, fresh_name, readers, subgraphs
 from onnx_lowrank.graph.shapes import Shapes
 from onnx_lowrank.types import ConvSpec, Cost, Layer, LowRankError, Skip
 
@@ -105,12 +105,7 @@ def find_layers(model: Model, shapes: Shapes) -> Found:
 
 def _unique(node: onnx.NodeProto, taken: set[str]) -> str:
     """The node's name, or that of its first output where it has none of its own, with a number where that is taken."""
-    stem = node.name if node.name and node.name not in taken else _label(node)
-    name, number = stem, 1
-    while name in taken:
-        name, number = f"{stem}_{number}", number + 1
-    taken.add(name)
-    return name
+    return fresh_name(node.name if node.name and node.name not in taken else _label(node), taken)
 
 
 def _label(node: onnx.NodeProto) -> str:

@@ -222,3 +222,12 @@ def tensor_names(proto: onnx.ModelProto) -> set[str]:
         names.update(v.name for v in [*graph.input, *graph.output, *graph.value_info, *graph.initializer])
         names.update(t.values.name for t in graph.sparse_initializer)
     return names.union(*([node.name, *node.input, *node.output] for node in nodes))
+
+
+def fresh_name(stem: str, taken: set[str]) -> str:
+    """`stem`, with a number where that is taken; it is taken from now on."""
+    name, number = stem, 1
+    while name in taken:
+        name, number = f"{stem}_{number}", number + 1
+    taken.add(name)
+    return name
