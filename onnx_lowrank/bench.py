@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_lowrank.calibrate import held_apart
+from onnx_lowrank.calibrate import Batch, held_apart
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import load_function
 from onnx_lowrank.graph.check import check_model
@@ -88,6 +88,7 @@ class Bench:
         self._original: Session | None = None
         self._tested: tuple[Path, Session] | None = None
         self._latencies: dict[Path, Latency] = {}
+        self._held: tuple[list[Batch], list[Outputs]] | None = None
         # what ONNX Runtime cannot load or run is told before the work; this session goes again, for its memory
         Session(self._path, self._settings).run(subject.feeds())
         self._objection = check_model(self._path)
@@ -141,9 +142,12 @@ class Bench:
     def _difference(self, path: Path) -> float:
         """How far the outputs of a model are from the original's, on the samples that no layer was fitted to."""
         with self.planner.stage("verify"):
-            _, held = held_apart(self.planner.calibration() or [])
-            sessions = self._session_of(path), self._session
-            return difference(*([session.run(batch) for batch in held] for session in sessions))
+            if self._held is None:
+                held = held_apart(self.planner.calibration() or [])[1]
+                self._held = held, [self._session.run(batch) for batch in held]
+            held, reference = self._held
+            session = self._session_of(path)
+            return difference([session.run(batch) for batch in held], reference)
 
     def measure(self, model: Model, plan: Plan, layers: tuple[LayerReport, ...]) -> Attempt:
         """Check a model against the original.

@@ -60,6 +60,11 @@ class Activations:
         self.batches = [{name: value for name, value in batch.items() if name in names} for batch in self.batches]
 
 
+def count(feeds: Sequence[Batch]) -> int:
+    """Samples in all batches."""
+    return sum(len(next(iter(batch.values()))) for batch in feeds)
+
+
 def held_apart(feeds: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Samples to fit on and samples held out, one in ``HELD_OUT``; too few samples are both.
 
@@ -300,7 +305,7 @@ def _one_pass(
     places = list(cuts(model, found, names))
     running = Loaded()
     sums = [Moments(cut) for cut in places]
-    samples = sum(len(next(iter(batch.values()))) for batch in feeds)
+    samples = count(feeds)
     for number, batch in enumerate(feeds):
         alive = Activations([dict(batch)])
         for index, cut in enumerate(places):

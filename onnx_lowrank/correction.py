@@ -37,7 +37,7 @@ def corrected_biases(model: Model, found: Found, made: Mapping[Candidate, Factor
         if seen is None or cut.bias is None:
             continue
         choice, index = by_layer[cut.layer.name]
-        kernels = made[choice].kernels[index if len(made[choice].kernels) > 1 else 0]
+        kernels = made[choice].of(index)
         wanted = constant_response((Stage(cut.layer.spec),), (cut.layer.read_weight(),), seen.mean)
         biases[cut.layer.name] = cut.bias + wanted - constant_response(choice.chains[index], kernels, seen.mean)
     return biases
@@ -47,7 +47,7 @@ def constant_response(chain: Chain, kernels: tuple[np.ndarray, ...], value: np.n
     """Output (O,) of a chain of plain convolutions for an input that is `value` (I,) everywhere."""
     for stage, kernel in zip(chain, kernels, strict=True):
         group = stage.spec.group
-        taps = np.asarray(kernel, np.float64).reshape(group, -1, kernel.shape[1], *kernel.shape[2:])
-        blocks = taps.reshape(*taps.shape[:3], -1).sum(axis=3)  # (g, O/g, I/g)
+        taps = np.asarray(kernel, np.float64).reshape(group, len(kernel) // group, kernel.shape[1], -1)
+        blocks = taps.sum(axis=3)  # (g, O/g, I/g)
         value = (blocks @ value.reshape(group, -1, 1)).ravel()
     return value

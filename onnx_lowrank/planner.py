@@ -11,7 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 from onnx_lowrank.budgets import BUDGET_SOLVERS
-from onnx_lowrank.calibrate import Batch, collect, held_apart, patch_length
+from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length
 from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded
 from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition
@@ -185,7 +185,10 @@ class Planner:
 
     def solve(self, budgets: Sequence[Budget]) -> Plan:
         """The plan of least predicted error within budgets on MACs and parameters."""
-        candidates, dense = self.candidates(), self.dense()
+        return self._allocated(self.candidates(), budgets)
+
+    def _allocated(self, candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget]) -> Plan:
+        dense = self.dense()
         with self.stage("allocate"):
             return self.plan(BUDGET_SOLVERS["knapsack"](candidates, budgets, dense.rest, dense.original))
 
@@ -198,19 +201,11 @@ class Planner:
         first = self.solve(budgets)
         if self._unmeasured is None or self._candidates is None:
             return [first]
-        measured, self._candidates = (
-            self._candidates,
-            [
-                tuple(
-                    replace(c, error=math.sqrt(c.error * plain.error)) for c, plain in zip(group, plains, strict=True)
-                )
-                for group, plains in zip(self._candidates, self._unmeasured, strict=True)
-            ],
-        )
-        try:
-            second = self.solve(budgets)
-        finally:
-            self._candidates = measured
+        halfway = [
+            tuple(replace(c, error=math.sqrt(c.error * plain.error)) for c, plain in zip(group, plains, strict=True))
+            for group, plains in zip(self._candidates, self._unmeasured, strict=True)
+        ]
+        second = self._allocated(halfway, budgets)
         ranks = [[(c.decomposition, c.rank) for c in plan.choices] for plan in (first, second)]
         return [first] if ranks[0] == ranks[1] else [first, second]
 
@@ -256,16 +251,12 @@ class Planner:
         alive = max((_alive(layer) for layer in self.subject.found.layers), default=0)
         room, few = FITTING_BYTES, list[Batch]()
         for batch in feeds:
-            room -= alive * _count(batch)
+            room -= alive * count([batch])
             if few and room < 0:
                 break
             few.append(batch)
-        self.fitted_on = sum(map(_count, few)), sum(map(_count, feeds))
+        self.fitted_on = count(few), count(feeds)
         return few
-
-
-def _count(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
 
 
 def _alive(layer: Layer) -> int:

@@ -84,7 +84,7 @@ def rewrite(
     for group, choice in work:
         factorization = made[choice]
         for index, (layer, chain) in enumerate(zip(group.layers, choice.chains, strict=True)):
-            kernels = factorization.kernels[index if len(factorization.kernels) > 1 else 0]
+            kernels = factorization.of(index)
             bias = factorization.biases[index] if factorization.biases else biases.get(layer.name)
             replacements.append(Replacement(layer.name, choice.decomposition, choice.rank, chain, kernels, bias))
             reports.append((layer, chain, choice, factorization, index == 0))

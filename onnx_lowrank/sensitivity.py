@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from onnx_lowrank.calibrate import Activations, Loaded, run_segment
+from onnx_lowrank.calibrate import Activations, Loaded, count, run_segment
 from onnx_lowrank.candidates import Group, loaded
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.graph.find import Found
@@ -145,11 +145,10 @@ def _draft(task: _Task, seed: int) -> Factorization:
 
 def _few(feeds: list[dict[str, np.ndarray]], probes: int) -> list[dict[str, np.ndarray]]:
     """The first samples, so many that all probes, each through half of the model, cost ``SHARE`` passes of all."""
-    samples = sum(len(next(iter(batch.values()))) for batch in feeds)
-    left = max(FEWEST, int(2 * SHARE * samples / probes))
+    left = max(FEWEST, int(2 * SHARE * count(feeds) / probes))
     few = []
     for batch in feeds:
-        size = len(next(iter(batch.values())))
+        size = count([batch])
         if left < size and any(len(value) != size for value in batch.values()):
             break
         few.append({name: value[:left] for name, value in batch.items()})

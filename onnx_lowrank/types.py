@@ -352,6 +352,10 @@ class Factorization:
     next_step: str = ""
     biases: tuple[np.ndarray | None, ...] = ()
 
+    def of(self, index: int) -> tuple[np.ndarray, ...]:
+        """Kernels of the layer at `index`; one set may stand for all layers."""
+        return self.kernels[index if len(self.kernels) > 1 else 0]
+
     def stored(self, dtype: np.dtype) -> Factorization:
         """With kernels in the precision that they are written in."""
         with np.errstate(over="ignore"):

@@ -199,7 +199,7 @@ class _Whole:
             if self.reads[index] <= known and not node.op_type.startswith("Random"):
                 self.constant.add(index)
                 known.update(node.output)
-        self.later: list[set[str]] = [{o.name for o in model.graph.output}]
+        self.later: list[set[str]] = [self._results]
         for names in reversed(self.reads):
             self.later.append(self.later[-1] | names)
         self.later.reverse()  # later[i]: what node i and all after it read
