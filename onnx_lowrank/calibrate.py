@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+from scipy.linalg.blas import dger, ssyrk
 
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
-from onnx_lowrank.graph.segments import Cut, Segment, cuts
+from onnx_lowrank.graph.segments import Cut, Segment, cuts, sources
 from onnx_lowrank.runtime import RunSettings, Session
 from onnx_lowrank.types import ConvSpec, LayerStatistics, Progress
 
@@ -32,6 +33,15 @@ CHEAP_MOMENT = 1 << 32
 
 MOMENTS_BYTES = 1 << 30
 """Most bytes of moments summed up in one pass of the samples."""
+
+FEW_ROWS = 2048
+"""Patches worth a product of their own."""
+
+TILE = 256
+"""Rows and columns of a matrix that are mirrored together."""
+
+SOURCES_BYTES = 1 << 29
+"""Most bytes of inputs of all layers held at a time."""
 
 MAX_PATCH = 8192
 """Longest patch whose moment is formed: beyond that the matrix alone takes half a gigabyte."""
@@ -123,17 +133,17 @@ class Loaded:
         self._running[id(segment)](activations)
 
 
-def sample(cut: Cut, output: np.ndarray, rng: np.random.Generator, samples: int) -> np.ndarray:
+def sample(cut: Cut, shape: tuple[int, ...], rng: np.random.Generator, samples: int) -> np.ndarray:
     """Choose positions of one batch.
 
     ``POSITIONS`` for each sample; fewer where the patches of all would not fit, or where the products of their moment
-    would be more work than running the layer (and more than ``CHEAP_MOMENT``), as long as there are twice as many patches
-    as numbers in one.
+    would be more than a quarter of the work of running the layer (and more than ``CHEAP_MOMENT``), as long as there are twice
+    as many patches as numbers in one.
 
     Parameters
     ----------
-    output
-        The layer's output on the batch.
+    shape
+        Of the layer's output on the batch.
     samples
         How many there are in all batches.
 
@@ -145,21 +155,21 @@ def sample(cut: Cut, output: np.ndarray, rng: np.random.Generator, samples: int)
     """
     spec = cut.layer.spec
     length = patch_length(spec)
-    run = 2 * math.prod(output.shape[2:]) * spec.out_channels // (length * spec.group)
+    run = math.prod(shape[2:]) * spec.out_channels // (2 * length * spec.group)  # and half a moment mirrors the other
     enough = max(run, -(-max(2 * length, CHEAP_MOMENT // length**2) // max(samples, 1)))
     fit = ROWS_BYTES // (4 * length * max(samples, 1))
-    return _positions(cut, output, rng, max(1, min(POSITIONS, enough, fit)))
+    return _positions(cut, shape, rng, max(1, min(POSITIONS, enough, fit)))
 
 
-def _positions(cut: Cut, output: np.ndarray, rng: np.random.Generator, most: int) -> np.ndarray:
+def _positions(cut: Cut, shape: tuple[int, ...], rng: np.random.Generator, most: int) -> np.ndarray:
     if cut.output_axis != 1:
-        rows = output.size // output.shape[cut.output_axis]
-        keep = min(rows, most * output.shape[0] if output.ndim > 2 else rows)
+        rows = math.prod(shape) // shape[cut.output_axis]
+        keep = min(rows, most * shape[0] if len(shape) > 2 else rows)
         return np.sort(rng.permutation(rows)[:keep])[:, None]
-    spatial = output.shape[2:]
+    spatial = shape[2:]
     total = math.prod(spatial)
-    picked = np.stack([rng.permutation(total)[:most] for _ in range(len(output))])  # (N, P)
-    owner = np.repeat(np.arange(len(output)), picked.shape[1])
+    picked = np.stack([rng.permutation(total)[:most] for _ in range(shape[0])])  # (N, P)
+    owner = np.repeat(np.arange(shape[0]), picked.shape[1])
     return np.stack([owner, *np.unravel_index(picked.ravel(), spatial)], axis=1)
 
 
@@ -176,16 +186,21 @@ def input_rows(cut: Cut, source: np.ndarray, where: np.ndarray) -> np.ndarray:
     if cut.output_axis != 1:
         return _as_rows(source, cut.source_axis)[where[:, 0]]
     spec = cut.layer.spec
-    begins, ends = _padding(spec, source.shape[2:])
-    padded = np.pad(source, [(0, 0), (0, 0), *zip(begins, ends, strict=True)])
+    begins, _ = _padding(spec, source.shape[2:])
     n, rows = spec.ndim, len(where)
     index: list[Any] = [where[:, 0].reshape(rows, *(1,) * n), slice(None)]
-    for axis in range(n):
-        taps = where[:, 1 + axis, None] * spec.strides[axis] + spec.dilations[axis] * np.arange(spec.kernel[axis])
+    outside: list[np.ndarray] = []
+    for axis, size in enumerate(source.shape[2:]):
+        steps = spec.dilations[axis] * np.arange(spec.kernel[axis]) - begins[axis]
         shape = [rows] + [1] * n
         shape[1 + axis] = spec.kernel[axis]
-        index.append(taps.reshape(shape))
-    taken = padded[tuple(index)]  # the indexed axes come first: (rows, kernel..., C)
+        taps = (where[:, 1 + axis, None] * spec.strides[axis] + steps).reshape(shape)
+        outside.append((taps < 0) | (taps >= size))
+        index.append(taps.clip(0, size - 1))
+    taken = source[tuple(index)]  # the indexed axes come first: (rows, kernel..., C)
+    for beyond in outside:  # the padding is not there to be read
+        if beyond.any():
+            taken[np.broadcast_to(beyond, taken.shape[:-1])] = 0
     return np.moveaxis(taken, -1, 1).reshape(rows, -1).astype(np.float32, copy=False)
 
 
@@ -216,13 +231,26 @@ class Moments:
     def __init__(self, cut: Cut) -> None:
         self._cut = cut
         length = patch_length(cut.layer.spec)
-        self._sum, self._squares, self._fourth, self._count = np.zeros(length), np.zeros((length, length)), 0.0, 0
+        self._sum, self._fourth, self._count = np.zeros(length), 0.0, 0
+        self._upper = np.zeros((length, length), dtype=np.float32, order="F")
+        self._waiting: list[np.ndarray] = []
 
     def add(self, rows: np.ndarray) -> None:
-        """Take in patches (rows, D): products in float32, which is far within the sampling error."""
+        """Take in patches (rows, D); the products of few cost less together."""
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= FEW_ROWS:
+            self._take()
+
+    def _take(self) -> None:
+        """Add up what waits: in float32, which is far within the sampling error."""
+        if not self._waiting:
+            return
+        rows = np.ascontiguousarray(np.concatenate(self._waiting))
+        self._waiting = []
         self._sum += rows.sum(axis=0, dtype=np.float64)
-        self._squares += rows.T @ rows
-        self._fourth += float(np.square(np.square(rows, dtype=np.float64).sum(axis=1)).sum())
+        # a moment is symmetric: half of the products are enough
+        self._upper = ssyrk(1.0, rows.T, beta=1.0, c=self._upper, overwrite_c=True)
+        self._fourth += float(np.square(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)).sum())
         self._count += len(rows)
 
     def statistics(self) -> LayerStatistics:
@@ -236,15 +264,37 @@ class Moments:
         ----------
         Ledoit & Wolf (2004), "A well-conditioned estimator for large-dimensional covariance matrices", section 3.3.
         """
+        self._take()
         mean = self._sum / self._count if self._cut.bias is not None else np.zeros_like(self._sum)
-        second = self._squares / self._count
-        covariance = second - np.outer(mean, mean)
-        scale = np.trace(covariance) / len(covariance)
-        spread = float(np.square(covariance).sum()) - scale**2 * len(covariance)
-        noise = max(self._fourth / self._count - float(np.square(second).sum()), 0.0) / self._count
+        second = _mirrored(self._upper)
+        second /= self._count
+        noise = max(self._fourth / self._count - _squared(second), 0.0) / self._count
+        second = dger(-1.0, mean, mean, a=second, overwrite_a=True)  # the covariance, in its place
+        diagonal = np.einsum("dd->d", second)
+        scale = diagonal.mean()
+        spread = _squared(second) - scale**2 * len(mean)
         share = min(1.0, noise / spread) if spread > 0 else 0.0
-        shrunk = (1 - share) * covariance + share * scale * np.eye(len(covariance))
-        return LayerStatistics(mean, shrunk + np.outer(mean, mean), self._count)
+        second *= 1 - share
+        diagonal += share * scale
+        second = dger(1.0, mean, mean, a=second, overwrite_a=True)
+        return LayerStatistics(mean, second, self._count)
+
+
+def _squared(matrix: np.ndarray) -> float:
+    """Sum of the squares of a matrix in column order, which numpy would copy."""
+    return float(np.vdot(matrix.T, matrix.T))
+
+
+def _mirrored(upper: np.ndarray) -> np.ndarray:
+    """The symmetric matrix, in float64, of which `upper` holds one half."""
+    whole = upper.astype(np.float64, order="F")
+    for first in range(0, len(whole), TILE):
+        here = slice(first, first + TILE)
+        whole[here, here] = np.triu(whole[here, here]) + np.triu(whole[here, here], 1).T
+        for other in range(first + TILE, len(whole), TILE):
+            there = slice(other, other + TILE)
+            whole[there, here] = whole[here, there].T
+    return whole
 
 
 def patch_length(spec: ConvSpec) -> int:
@@ -303,17 +353,32 @@ def _one_pass(
     done: Callable[[int], None],
 ) -> dict[str, LayerStatistics]:
     places = list(cuts(model, found, names))
-    running = Loaded()
+    segment = sources(model, found, names)
+    running = Running(segment, feeds[0]) if segment else None
     sums = [Moments(cut) for cut in places]
-    samples = count(feeds)
+    samples, step = count(feeds), 0
     for number, batch in enumerate(feeds):
-        alive = Activations([dict(batch)])
-        for index, cut in enumerate(places):
-            running(cut.before, alive)
-            running(cut.alone, alive)
+        for part in _parts(batch, step):
+            alive = Activations([part])
+            if running:
+                running(alive)
             (current,) = alive.batches
-            where = sample(cut, current[cut.output], np.random.default_rng([seed, index, number]), samples)
-            sums[index].add(input_rows(cut, current[cut.source], where))
-            alive.keep(cut.alive)
+            held = sum(value.nbytes for value in current.values()) // count([part])
+            step = step or max(1, SOURCES_BYTES // held)
+            for index, cut in enumerate(places):
+                source = current[cut.source]
+                rng = np.random.default_rng([seed, index, number])
+                sums[index].add(input_rows(cut, source, sample(cut, cut.output_shape(source.shape), rng, samples)))
         done(number + 1)
     return {cut.layer.name: each.statistics() for cut, each in zip(places, sums, strict=True)}
+
+
+def _parts(batch: Batch, step: int) -> Iterator[Batch]:
+    """A batch, at most `step` samples at a time (0: all); whole where its inputs differ in length."""
+    lengths = {len(value) if value.ndim else 0 for value in batch.values()}
+    (length, *others) = lengths
+    if others or not step or length <= step:
+        yield dict(batch)
+        return
+    for first in range(0, length, step):
+        yield {name: value[first : first + step] for name, value in batch.items()}

@@ -158,8 +158,8 @@ def group_candidates(
 ) -> tuple[tuple[Candidate, ...], Skip | None]:
     """Every candidate of `group` that saves something, the dense one first, and why there is none besides it.
 
-    A candidate saves something where it has fewer MACs and no more parameters than the layer; those that
-    another beats in cost and error are dropped.
+    A candidate saves something where it has fewer MACs and no more parameters than the layer; those that another of the
+    same method beats in cost and error are dropped. Across methods none is: time is not known here.
     """
     dense = group.dense
     specs = [group.layers[0].spec]
@@ -188,12 +188,12 @@ def group_candidates(
         errors = lift.errors(
             decomposition, specs, weights, [c.rank for c in cheaper], None if statistics is None else [statistics]
         )
-        found += [_with_error(c, float(e)) for c, e in zip(cheaper, errors, strict=True)]
+        found += pareto([_with_error(c, float(e)) for c, e in zip(cheaper, errors, strict=True)])
     if not found:
         # a method that applies and saves nothing says more than one that does not apply
         why = reasons[0] if reasons else f"none of the methods {', '.join(methods)} applies"
         return (dense,), Skip(group.names[0], group.layers[0].op_type, why)
-    return (dense, *pareto(found)), None
+    return (dense, *found), None
 
 
 def saves(candidate: Candidate, dense: Candidate) -> bool:
@@ -207,13 +207,17 @@ def _with_error(candidate: Candidate, error: float) -> Candidate:
 
 
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that no other beats in MACs, parameters and error together."""
+    """The candidates that no other beats in MACs, parameters, latency and error together."""
     kept: list[Candidate] = []
-    for c in sorted(candidates, key=lambda c: (c.error, c.cost.macs, c.cost.params)):
+    for c in sorted(candidates, key=lambda c: (c.error, c.cost.macs, c.cost.params, c.cost.latency_ms)):
         # sorted by error: what is kept already is at least as accurate
-        if not any(k.cost.macs <= c.cost.macs and k.cost.params <= c.cost.params for k in kept):
+        if not any(_no_dearer(k.cost, c.cost) for k in kept):
             kept.append(c)
     return kept
+
+
+def _no_dearer(one: Cost, other: Cost) -> bool:
+    return one.macs <= other.macs and one.params <= other.params and one.latency_ms <= other.latency_ms
 
 
 def estimated_candidate(

@@ -23,7 +23,7 @@ PLANNED = ("macs", "params")
 """Metrics that a plan knows exactly before anything is written."""
 
 MEASURED = {"size": "params", "latency": "macs"}
-"""Metrics that are measured on the result, and the planned one that stands for each until then."""
+"""Metrics that are measured on the result, and the planned one that stands for each where nothing nearer is known."""
 
 METHODS = ("svd", "tucker2", "spatial_svd", "channel_svd", "channel_svd_in", "cp3")
 """Decompositions used where the user names none; with a rank estimator, the first that applies to a layer."""
@@ -105,6 +105,12 @@ class Config:
                 getattr(self, name) >= least, f"{name} {getattr(self, name)}", f"a whole number of at least {least}"
             )
         _expect(self.align is None or self.align >= 1, f"align {self.align}", "a whole number of at least 1")
+
+    @property
+    def needs_latency(self) -> bool:
+        """Whether plans go by the time that layers take."""
+        goals = [b.metric for b in self.budget] or ([self.objective] if self.max_drop is not None else [])
+        return "latency" in goals
 
     @property
     def workers(self) -> int:

@@ -108,8 +108,10 @@ def analyze(model: Any, *, config: Config | None = None, progress: Progress = no
     if config.rank:
         return planner.estimated()
     for budget in config.budget:
-        if budget.metric not in PLANNED:
-            raise LowRankError(f"a budget on {budget.metric} is measured: use compress, or a budget on macs or params")
+        if planner.counts(budget.metric) != budget.metric:
+            raise LowRankError(
+                f"a budget on {budget.metric} is measured: use compress, or a budget on {', '.join(PLANNED)} or latency"
+            )
     if not config.budget:
         raise LowRankError("nothing to plan for: give a budget, for example macs=0.5, or a rank estimator")
     return planner.solve(config.budget)

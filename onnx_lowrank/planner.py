@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,18 +12,22 @@ from functools import partial
 from typing import TypeVar
 
 from onnx_lowrank.budgets import BUDGET_SOLVERS
+from onnx_lowrank.budgets.knapsack import OutOfReach
 from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length
-from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded
+from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded, pareto
 from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition
 from onnx_lowrank.graph.model import Model
+from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.parallel import run_all
 from onnx_lowrank.ranks import parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
 from onnx_lowrank.sensitivity import measured
 from onnx_lowrank.subject import Subject, open_config_data
-from onnx_lowrank.types import Budget, Candidate, Cost, Layer, LayerStatistics, Plan, Progress, Skip
+from onnx_lowrank.types import Budget, Candidate, Cost, Layer, LayerStatistics, Metric, Plan, Progress, Skip
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION_SAMPLES = 2048
 """Samples that layers are fitted on at most; a few hundred do nearly as well."""
@@ -42,6 +47,12 @@ CLOSED_FORM = ("svd", "channel_svd")
 FITTING_BYTES = 4 << 30
 """Most bytes of activations kept for fitting layers one after the other: of large pictures, fewer samples are used."""
 
+CHECKS = 4
+"""Plans made in turn until the measured latency of one is near to what was asked."""
+
+NEAR, AIM = 0.96, 0.985
+"""Share of the latency asked for that a plan has to use, and that the next one aims at: below it by what repeats differ."""
+
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 
@@ -59,6 +70,8 @@ class Planner:
         self._cache = FactorCache() if searches else None
         self._candidates: list[tuple[Candidate, ...]] | None = None
         self._unmeasured: list[tuple[Candidate, ...]] | None = None
+        self._table: LatencyTable | None = None
+        self._latency_notes: tuple[str, ...] = ()
         self._refused: tuple[Skip, ...] = ()
         self.fitted_on = 0, 0
         """Samples that layers were fitted on one after the other, of how many."""
@@ -165,9 +178,7 @@ class Planner:
 
     def plan(self, choices: Sequence[Candidate], *notes: str) -> Plan:
         """A plan of `choices`, one for each group."""
-        whole = self.subject.cost
-        covered = sum((group.dense.cost for group in self.subject.groups), Cost(0, 0))
-        rest = Cost(whole.macs - covered.macs, whole.params - covered.params)
+        rest, whole = self._costs()
         refused = {skip.layer for skip in self.skips()}
         changed = any(not choice.dense for choice in choices)
         why = "kept dense by the plan: other layers save as much at less error" if changed else "no layer is changed"
@@ -179,18 +190,78 @@ class Planner:
         )
         return Plan(tuple(choices), self.skips() + spared, rest, whole, self.subject.notes + notes)
 
+    def _dense(self) -> list[Candidate]:
+        """What leaves each group as it is."""
+        dense = [group.dense for group in self.subject.groups]
+        return [c for (c,) in self._table.priced([[c] for c in dense])] if self._table else dense
+
+    def _costs(self) -> tuple[Cost, Cost]:
+        """Cost of what no group covers, and of the whole model."""
+        whole = self._table.original if self._table else self.subject.cost
+        return whole - sum((choice.cost for choice in self._dense()), Cost(0, 0)), whole
+
     def dense(self, *notes: str) -> Plan:
         """The plan that changes nothing."""
-        return self.plan([group.dense for group in self.subject.groups], *notes)
+        return self.plan(self._dense(), *notes)
+
+    def counts(self, metric: Metric) -> Metric:
+        """What a plan counts `metric` by: itself where the plan knows it, else what stands for it."""
+        if metric == "latency" and self._timed():
+            return metric
+        return MEASURED.get(metric, metric)
+
+    def _timed(self) -> bool:
+        """Whether the latency of candidates is known; it is measured here where the configuration needs it."""
+        if self._table is None and not self._latency_notes and self.config.needs_latency:
+            candidates = self.candidates()
+            with self.stage("latency"):
+                table = LatencyTable(
+                    self.subject, self.config, self.subject.feeds(self.config.batch_size), self.progress
+                )
+                if table.usable:
+                    table.fill(candidates)
+                    self._table = table
+            self._latency_notes = _table_notes(table, self.config)
+        return self._table is not None
 
     def solve(self, budgets: Sequence[Budget]) -> Plan:
-        """The plan of least predicted error within budgets on MACs and parameters."""
-        return self._allocated(self.candidates(), budgets)
+        """The plan of least predicted error within budgets on MACs, parameters and (predicted) latency.
+
+        Raises
+        ------
+        OutOfReach
+            Where there is none.
+        """
+        return self._solved(self.candidates(), budgets)
 
     def _allocated(self, candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget]) -> Plan:
-        dense = self.dense()
+        """As :meth:`solve`, but made again until the whole plan, measured, takes about as long as it may."""
+        aims = {budget.metric: budget.ratio for budget in budgets}
+        plan = self._solved(candidates, budgets)
+        asked = aims.get("latency")
+        if asked is None or self._table is None:
+            return plan
+        tried: list[tuple[float, Plan]] = []
+        for _ in range(CHECKS):
+            with self.stage("latency"):
+                reached = self._table.check(plan)
+            logger.info("latency: planned %.3f, measured %.3f", plan.ratio("latency"), reached)
+            tried.append((reached, plan))
+            if NEAR * asked <= reached <= asked:
+                break
+            aims["latency"] = min(aims["latency"] * AIM * asked / reached, 1.0)
+            try:
+                plan = self._solved(candidates, [Budget(metric, ratio) for metric, ratio in aims.items()])
+            except OutOfReach:
+                break
+        return min(tried, key=lambda each: (each[0] > asked, abs(each[0] - asked)))[1]
+
+    def _solved(self, candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget]) -> Plan:
+        """What the solver makes of the candidates that are worth something by the metrics of `budgets`."""
         with self.stage("allocate"):
-            return self.plan(BUDGET_SOLVERS["knapsack"](candidates, budgets, dense.rest, dense.original))
+            priced = self._table.priced(candidates) if self._table else candidates
+            worth = [_worth(group, budgets) for group in priced]
+            return self.plan(BUDGET_SOLVERS["knapsack"](worth, budgets, *self._costs()), *self._latency_notes)
 
     def alternatives(self, budgets: Sequence[Budget]) -> list[Plan]:
         """Plans within budgets, the likeliest first, of which only the model itself can tell the best.
@@ -198,7 +269,7 @@ class Planner:
         Measured damages are those of layers changed alone, and those of all of them do not quite add up. A second plan
         goes by the mean of the damage and the plain error of each layer.
         """
-        first = self.solve(budgets)
+        first = self._allocated(self.candidates(), budgets)
         if self._unmeasured is None or self._candidates is None:
             return [first]
         halfway = [
@@ -209,9 +280,10 @@ class Planner:
         ranks = [[(c.decomposition, c.rank) for c in plan.choices] for plan in (first, second)]
         return [first] if ranks[0] == ranks[1] else [first, second]
 
-    def smallest(self, metric: str, *notes: str) -> Plan:
+    def smallest(self, metric: Metric, *notes: str) -> Plan:
         """The plan that goes as far down in `metric` as the candidates allow."""
-        return self.plan([min(group, key=lambda c: getattr(c.cost, metric)) for group in self.candidates()], *notes)
+        candidates = self._table.priced(self.candidates()) if self._table else self.candidates()
+        return self.plan([min(group, key=lambda c: c.cost.of(metric)) for group in candidates], *notes)
 
     def estimated(self) -> Plan:
         """The plan that a rank estimator makes, in the place of an allocation."""
@@ -265,6 +337,29 @@ def _alive(layer: Layer) -> int:
     after = spec.output_size(layer.input_size)
     into, out = spec.in_channels * math.prod(layer.input_size), spec.out_channels * math.prod(after)
     return 8 * layer.batch * (into + 2 * out)
+
+
+def _worth(candidates: Sequence[Candidate], budgets: Sequence[Budget]) -> list[Candidate]:
+    """Candidates that none beats; where time counts, none that takes as long as the layer itself."""
+    dense = candidates[0]
+    if any(budget.metric == "latency" for budget in budgets):
+        candidates = [c for c in candidates if c.dense or c.cost.latency_ms < dense.cost.latency_ms]
+    return [dense, *pareto([c for c in candidates if not c.dense])]
+
+
+def _table_notes(table: LatencyTable, config: Config) -> tuple[str, ...]:
+    """What the user should know of the times that a plan is made by."""
+    if not table.usable:
+        return (
+            f"the time of single layers cannot be told on {config.provider}: the plan goes by MACs, "
+            f"and the latency of the whole was measured",
+        )
+    if table.measured < table.wanted:
+        return (
+            f"the latency of {table.measured} of {table.wanted} chains was measured in the time given, that of the rest "
+            f"estimated; what was measured is kept for the next run",
+        )
+    return ()
 
 
 _Task = tuple[Group, tuple[str, ...], "LayerStatistics | None"]

@@ -147,7 +147,7 @@ class _Seen:
         self.cut, self.choice = cut, choice
         self._model, self._compressed = model, compressed
         outputs = [batch[cut.output] for batch in original.batches]
-        self._where = [sample(cut, output, rng, sum(map(len, outputs))) for output in outputs]
+        self._where = [sample(cut, output.shape, rng, sum(map(len, outputs))) for output in outputs]
         self.held = _held_out(cut, outputs, self._where)
         self._reference = self._rows(original, cut.output)
         follow = cut.follow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import platform
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +19,9 @@ from onnx_lowrank.types import LowRankError
 Feeds = Mapping[str, np.ndarray]
 
 CPU = "CPUExecutionProvider"
+
+OPTIMIZED, WEIGHTS = "optimized.onnx", "weights"
+"""Names of the files with the optimised graph of a profiled session, and with its weights."""
 
 BLOCKS = {"avx512f": 16}
 """Channels that ONNX Runtime's blocked convolution kernels work on at a time, by processor flag; 8 otherwise."""
@@ -65,9 +70,14 @@ class Session:
     """A model ready to run."""
 
     def __init__(
-        self, model: str | Path | bytes, settings: RunSettings | None = None, *, folder: Path | None = None
+        self,
+        model: str | Path | bytes,
+        settings: RunSettings | None = None,
+        *,
+        folder: Path | None = None,
+        profile: Path | None = None,
     ) -> None:
-        """Load `model`; external data of bytes is looked for in `folder`.
+        """Load `model`; external data of bytes is looked for in `folder`. With `profile`, see :func:`profile_nodes`.
 
         Raises
         ------
@@ -85,6 +95,12 @@ class Session:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile / "profile")
+            options.optimized_model_filepath = str(profile / OPTIMIZED)
+            # its weights are of no interest, and no proto holds more than 2 GB of them
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "64")
         name = settings.provider_name
         source = str(model) if isinstance(model, Path) else model
         try:
@@ -110,6 +126,10 @@ class Session:
             raise LowRankError(
                 f"the model does not run on inputs {shapes}: {_one_line(error)}; give --input-shape or other data"
             ) from error
+
+    def end_profile(self) -> Path:
+        """Stop profiling, and the file that was written."""
+        return Path(self._session.end_profiling())
 
     @property
     def placement(self) -> dict[str, int]:
@@ -222,6 +242,90 @@ def time_pair(first: Session, second: Session, feeds: Feeds, *, rounds: int = 50
             times.append((_seconds(first, feeds), _seconds(second, feeds)))
     values = np.array(times) * 1e3
     return Timing(values[:, 0], values[:, 1])
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of one run of a model goes.
+
+    Parameters
+    ----------
+    node_ms
+        Time of each node of the optimised graph.
+    reference_ms
+        Time of one whole run of the session that ran in turn with it: what drifts of the machine's speed show in.
+    optimized
+        File of the optimised graph, without its weights.
+    """
+
+    node_ms: dict[str, float]
+    reference_ms: float
+    optimized: Path
+
+
+def profile_nodes(
+    model: Path,
+    reference: Session,
+    feeds: Feeds,
+    settings: RunSettings,
+    folder: Path,
+    *,
+    rounds: int = 40,
+    seconds: float = 0.5,
+) -> Profile:
+    """Time every node of a model in its place in the whole, in turn with runs of `reference`.
+
+    Parameters
+    ----------
+    folder
+        For the files that ONNX Runtime writes; exists already.
+    rounds, seconds
+        Stop after so many runs, or after so long once there are five.
+    """
+    session = Session(model, settings, profile=folder)
+    for _ in range(WARM_UP):
+        session.run(feeds)
+        reference.run(feeds)
+    waits: list[float] = []
+    start = time.perf_counter()
+    while len(waits) < rounds and (len(waits) < 5 or time.perf_counter() - start < seconds):
+        waits.append(_seconds(reference, feeds))
+        session.run(feeds)
+    times: dict[str, list[float]] = {}
+    for event in json.loads(session.end_profile().read_text()):
+        name = event.get("name", "")
+        if event.get("cat") == "Node" and name.endswith(_KERNEL_TIME):
+            times.setdefault(name.removesuffix(_KERNEL_TIME), []).append(event["dur"])
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    spent = {name: typical(values[WARM_UP:]) / 1e3 for name, values in times.items()}
+    return Profile(spent, typical(waits) * 1e3, folder / OPTIMIZED)
+
+
+WARM_UP = 2
+"""Runs of a profiled session before those that count."""
+
+_KERNEL_TIME = "_kernel_time"
+
+
+def typical(times: Sequence[float] | np.ndarray) -> float:
+    """Mean of the three quarters that took least: the rest were disturbed.
+
+    Examples
+    --------
+    >>> typical([1.0, 2.0, 3.0, 90.0])
+    2.0
+    """
+    kept = np.sort(times)[: max(1, 3 * len(times) // 4)]
+    return float(kept.mean()) if len(kept) else 0.0
+
+
+def processor() -> str:
+    """What this machine calls its processor."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
+    except OSError:
+        return platform.processor() or "unknown"
 
 
 def _seconds(session: Session, feeds: Feeds) -> float:

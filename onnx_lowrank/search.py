@@ -41,7 +41,9 @@ def budget_results(
     for budget in config.budget:
         reached = _reached(budget.metric, original, attempt, latency)
         if reached is not None:
-            results.append(BudgetResult(budget.metric, budget.ratio, reached, reached <= budget.ratio))
+            timed = budget.metric == "latency" and attempt.plan.original.latency_ms
+            predicted = attempt.plan.ratio("latency") if timed else None
+            results.append(BudgetResult(budget.metric, budget.ratio, reached, reached <= budget.ratio, predicted))
     if config.max_drop is not None:
         drop = _drop(attempt.accuracy)
         results.append(BudgetResult("drop", config.max_drop, drop, drop <= config.max_drop))
@@ -81,7 +83,7 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
         if not missed or any("cannot be met" in note for note in attempt.plan.notes):
             break
         for result in missed:
-            ratios[result.metric] = _corrected(attempt.plan.ratio(MEASURED[result.metric]), result)
+            ratios[result.metric] = _corrected(attempt.plan.ratio(planner.counts(result.metric)), result)
     assert best is not None
     return best
 
@@ -100,19 +102,20 @@ def _plans(planner: Planner, ratios: dict[str, float]) -> list[Plan]:
     """Plans within `ratios`, each measured metric by the planned one that stands for it; the smallest if there is none."""
     planned: dict[str, float] = {}
     for metric, ratio in ratios.items():
-        name = MEASURED.get(metric, metric)
+        name = planner.counts(metric)
         planned[name] = min(ratio, planned.get(name, 1.0))
+    budgets = [Budget(metric, ratio) for metric, ratio in planned.items()]
     try:
-        return planner.alternatives([Budget(metric, ratio) for metric, ratio in planned.items()])
+        return planner.alternatives(budgets)
     except OutOfReach as error:
-        return [planner.smallest(next(iter(planned)), str(error))]
+        return [planner.smallest(budgets[0].metric, str(error))]
 
 
 def within_drop(planner: Planner, bench: Bench) -> Attempt:
     """The plan with the smallest share of the objective whose loss is within ``max_drop``."""
     config = planner.config
     assert config.max_drop is not None
-    metric = MEASURED.get(config.objective, config.objective)
+    metric = planner.counts(config.objective)
     dense = bench.attempt(planner.dense())
     if planner.hopeless:
         return _left(dense, planner, NOTHING_TO_GAIN)
@@ -125,7 +128,7 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
         middle = math.sqrt(low * high)
         if high / low < FINE:
             break
-        attempt = bench.attempt(_plans(planner, {metric: middle})[0])
+        attempt = bench.attempt(planner.solve([Budget(metric, middle)]))
         logger.info("%s=%.3f: drop at most %.4f", metric, middle, _drop(attempt.accuracy))
         if _drop(attempt.accuracy) <= config.max_drop:
             best, high = attempt, min(middle, attempt.plan.ratio(metric))

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from onnx_lowrank.calibrate import Activations, Loaded, count, run_segment
-from onnx_lowrank.candidates import Group, loaded
+from onnx_lowrank.candidates import Group, loaded, pareto
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
@@ -93,7 +93,7 @@ def difference(outputs: Sequence[Sequence[np.ndarray]], reference: Sequence[Sequ
 
 def _probes(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The candidates nearest to the errors that are measured."""
-    lossy = [c for c in candidates if not c.dense and c.error > NOTHING]
+    lossy = [c for c in pareto(candidates) if not c.dense and c.error > NOTHING]
     if not lossy:
         return [c for c in candidates if not c.dense][:1]
     picks = [min(lossy, key=lambda c: abs(math.log(c.error / error))) for error in ERRORS]

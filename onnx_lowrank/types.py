@@ -18,7 +18,7 @@ Rank = tuple[int, ...]
 """The rank of a decomposition: one number, or one for each mode (Tucker-2: ``(r_out, r_in)``)."""
 
 Metric = str
-"""What a budget is counted in: ``macs`` or ``params`` when planned; ``size`` and ``latency`` when measured."""
+"""What a budget is counted in: ``macs``, ``params`` or ``latency``, which a plan knows; ``size`` is measured."""
 
 
 class LowRankError(ValueError):
@@ -224,13 +224,30 @@ Chain = tuple[Stage, ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulate operations for one sample, and stored parameters."""
+    """Multiply-accumulate operations for one sample, stored parameters, and where it is known, time.
+
+    Parameters
+    ----------
+    macs, params
+        Counted.
+    latency_ms
+        Of one run, measured or interpolated between what was measured; 0 where nobody asked.
+    """
 
     macs: int
     params: int
+    latency_ms: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.macs + other.macs, self.params + other.params)
+        return Cost(self.macs + other.macs, self.params + other.params, self.latency_ms + other.latency_ms)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.macs - other.macs, self.params - other.params, self.latency_ms - other.latency_ms)
+
+    def of(self, metric: Metric) -> float:
+        """The count of `metric`: ``macs``, ``params`` or ``latency``."""
+        count: float = getattr(self, {"latency": "latency_ms"}.get(metric, metric))
+        return count
 
 
 DENSE = "dense"
@@ -319,9 +336,9 @@ class Plan:
         return math.fsum(c.error for c in self.choices)
 
     def ratio(self, metric: Metric) -> float:
-        """Share of the original's `metric` (``macs`` or ``params``) that is left."""
-        before = getattr(self.original, metric)
-        return getattr(self.cost, metric) / before if before else 1.0
+        """Share of the original's `metric` (``macs``, ``params`` or ``latency``) that is left."""
+        before = self.original.of(metric)
+        return self.cost.of(metric) / before if before else 1.0
 
     def with_notes(self, *notes: str) -> Plan:
         """The same plan with `notes` added."""

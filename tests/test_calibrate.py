@@ -44,7 +44,7 @@ def test_patches_times_the_kernel_are_the_output(label: str) -> None:
     (cut,) = cuts(model, found, ["layer"])
     x = normal(*size, seed=4)
     (y,) = run(model.proto, {"x": x})
-    where = sample(cut, y, np.random.default_rng(0), len(y))
+    where = sample(cut, y.shape, np.random.default_rng(0), len(y))
     patches, outputs = input_rows(cut, x, where), output_rows(cut, y, where)
     group = found.layers[0].spec.group
     blocks = [
@@ -68,7 +68,7 @@ def test_rows_of_a_product_times_the_matrix_are_its_output(text: str, size: tupl
     (cut,) = cuts(model, found, ["layer"])
     x = normal(*size, seed=4)
     (y,) = run(model.proto, {"x": x})
-    where = sample(cut, y, np.random.default_rng(0), len(y))
+    where = sample(cut, y.shape, np.random.default_rng(0), len(y))
     kernel = weight.T if cut.weight_input == 1 else weight
     np.testing.assert_allclose(input_rows(cut, x, where) @ kernel.T, output_rows(cut, y, where), rtol=1e-4, atol=1e-5)
 

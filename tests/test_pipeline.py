@@ -15,6 +15,7 @@ import pytest
 import models
 import onnx_lowrank as lr
 from onnx_lowrank import bench, parallel
+from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.plans import plan_to_dict
 from onnx_lowrank.verify import Latency
 from tests import tiny
@@ -245,6 +246,7 @@ def test_a_latency_budget_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         return Latency("CPUExecutionProvider", 1, 1, 1.0, 1 / speedup, 1.0, 1.0, speedup, speedup, speedup, {})
 
     monkeypatch.setattr(bench, "check_latency", made_up)
+    monkeypatch.setattr(LatencyTable, "usable", False)
     result = lr.compress(tiny.classifier(), budget={"latency": 0.5}, **QUICK)
     (budget,) = result.report.budgets
     assert (budget.metric, budget.reached, budget.met) == ("latency", 0.4, True)
@@ -510,9 +512,8 @@ def test_what_is_no_model_is_refused(model: Any) -> None:
 def test_analyze_plans_only_what_is_known_before_anything_is_written() -> None:
     with pytest.raises(lr.LowRankError, match="nothing to plan for"):
         lr.analyze(tiny.classifier())
-    for metric in ("size", "latency"):
-        with pytest.raises(lr.LowRankError, match=f"a budget on {metric} is measured"):
-            lr.analyze(tiny.classifier(), budget={metric: 0.5})
+    with pytest.raises(lr.LowRankError, match="a budget on size is measured"):
+        lr.analyze(tiny.classifier(), budget={"size": 0.5})
     with pytest.raises(lr.LowRankError, match=r"macs=0.01 cannot be met.* reach 0\.11[89]\d* .*loosen"):
         lr.analyze(tiny.classifier(), budget={"macs": 0.01}, **QUICK)
 

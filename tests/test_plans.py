@@ -48,8 +48,8 @@ def test_a_plan_in_json_is_read_back_as_it_was(groups: tuple[Group, ...], tmp_pa
         (first, groups[1].dense), (Skip("relu", "Relu", "no kernel"),), Cost(0, 24), Cost(624, 648), ("a note",)
     )
     data = plan_to_dict(plan)
-    assert data["original"] == {"macs": 624, "params": 648}
-    assert data["planned"] == {"macs": 3 * 40 + 240, "params": 3 * 40 + 240 + 24}
+    assert data["original"] == {"macs": 624, "params": 648, "latency_ms": 0.0}
+    assert data["planned"] == {"macs": 3 * 40 + 240, "params": 3 * 40 + 240 + 24, "latency_ms": 0.0}
     assert data["choices"][0] == choice(rank=(3,), macs=120, params=120, error=0.25)
     assert data["choices"][1] == choice(("second",), "dense", (), macs=240, params=240, error=0.0)
     assert data["skips"] == [{"layer": "relu", "op_type": "Relu", "reason": "no kernel"}]

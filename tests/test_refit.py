@@ -117,7 +117,7 @@ def test_layers_that_share_a_kernel_and_transposed_ones_run_along() -> None:
 @pytest.mark.parametrize("methods", ["channel_svd,svd", "cp3"])
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_the_refit_never_raises_the_error_on_samples_it_has_not_seen(count: int, methods: str, share: float) -> None:
-    plan = lr.analyze(models.DIGITS, budget={"macs": share}, methods=methods)
+    plan = lr.analyze(models.DIGITS, budget={"macs": share}, methods=methods, align=8)
     blind, fitted = lr.apply(models.DIGITS, plan), lr.apply(models.DIGITS, plan, calibrate=samples(count))
     assert error(fitted.model) < error(blind.model)
 

@@ -16,6 +16,7 @@ import models
 import onnx_lowrank as lr
 from onnx_lowrank.bench import Attempt
 from onnx_lowrank.config import make_config
+from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.report.data import BudgetResult, Size
 from onnx_lowrank.search import CORRECTIONS, SEARCH_STEPS, budget_results, within_budgets, within_drop
@@ -64,6 +65,12 @@ class FakeBench:
 
     def latency(self, attempt: Attempt) -> Latency:
         return latency(self.time(attempt.plan.ratio("macs")))
+
+
+@pytest.fixture(autouse=True)
+def no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a provider that does not tell the time of single layers: MACs stand for it."""
+    monkeypatch.setattr(LatencyTable, "usable", False)
 
 
 def planner(model: Any = None, **options: Any) -> Planner:

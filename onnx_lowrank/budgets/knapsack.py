@@ -37,7 +37,7 @@ def knapsack(
     candidates
         For each group, what it could become.
     budgets
-        On ``macs`` or ``params``; all hold together.
+        On ``macs``, ``params`` or ``latency``; all hold together.
     rest, original
         Cost of what no group covers, and of the whole model before.
 
@@ -71,12 +71,12 @@ def knapsack(
     picked = _solve(candidates, budgets, limits)
     if any(_used(picked, b.metric) > limit for b, limit in zip(budgets, limits, strict=True)):
         # within the solver's tolerance, and yet beyond the budget: ask for that much less
-        picked = _solve(candidates, budgets, [limit - math.ceil(MISS * limit) for limit in limits])
+        picked = _solve(candidates, budgets, [_tighter(limit) for limit in limits])
     return picked
 
 
 def _solve(
-    candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget], limits: Sequence[int]
+    candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget], limits: Sequence[float]
 ) -> tuple[Candidate, ...]:
     """The choice with the least total error that uses at most `limits`."""
     flat = [c for group in candidates for c in group]
@@ -84,9 +84,10 @@ def _solve(
     one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(candidates), len(flat)))
     constraints = [LinearConstraint(one_each, 1, 1)]
     for budget, limit in zip(budgets, limits, strict=True):
-        used = np.array([getattr(c.cost, budget.metric) for c in flat], dtype=float)
+        used = np.array([c.cost.of(budget.metric) for c in flat], dtype=float)
         # in units of the limit, so that the solver's absolute tolerances mean the same for every budget
-        constraints.append(LinearConstraint(used[None] / max(limit, 1), -np.inf, limit / max(limit, 1)))
+        unit = limit if limit > 0 else 1.0
+        constraints.append(LinearConstraint(used[None] / unit, -np.inf, limit / unit))
     errors = np.array([c.error for c in flat])
     with _silent():
         result = milp(
@@ -104,17 +105,23 @@ def _solve(
     return tuple(flat[i] for i in np.flatnonzero(result.x > 0.5))
 
 
-def _used(choices: Sequence[Candidate], metric: str) -> int:
-    return sum(getattr(c.cost, metric) for c in choices)
+def _tighter(limit: float) -> float:
+    return limit - (math.ceil(MISS * limit) if isinstance(limit, int) else MISS * limit)
 
 
-def _limit(budget: Budget, rest: Cost, original: Cost) -> int:
+def _used(choices: Sequence[Candidate], metric: str) -> float:
+    return math.fsum(c.cost.of(metric) for c in choices)
+
+
+def _limit(budget: Budget, rest: Cost, original: Cost) -> float:
     """Largest cost of all groups together whose plan is within `budget`, as its ratio is reported."""
-    total = getattr(original, budget.metric)
-    most = math.floor(budget.ratio * total) + 1  # 0.29 * 100 is below 29, and yet 29 / 100 is within 0.29
-    while total and most / total > budget.ratio:
-        most -= 1
-    return most - getattr(rest, budget.metric)
+    total = original.of(budget.metric)
+    most = budget.ratio * total
+    if isinstance(total, int):
+        most = math.floor(most) + 1  # 0.29 * 100 is below 29, and yet 29 / 100 is within 0.29
+        while total and most / total > budget.ratio:
+            most -= 1
+    return most - rest.of(budget.metric)
 
 
 @contextmanager
@@ -138,16 +145,16 @@ def _silent() -> Iterator[None]:
 def _check_reach(
     candidates: Sequence[Sequence[Candidate]],
     budgets: Sequence[Budget],
-    limits: Sequence[int],
+    limits: Sequence[float],
     rest: Cost,
     original: Cost,
 ) -> None:
     """See that each budget can be met, by itself."""
     for budget, limit in zip(budgets, limits, strict=True):
         metric = budget.metric
-        least = _used([min(group, key=lambda c: getattr(c.cost, metric)) for group in candidates], metric)
+        least = _used([min(group, key=lambda c: c.cost.of(metric)) for group in candidates], metric)
         if least > limit:
-            share = (least + getattr(rest, metric)) / max(getattr(original, metric), 1)
+            share = (least + rest.of(metric)) / (original.of(metric) or 1)
             raise OutOfReach(
                 f"{metric}={budget.ratio:g} cannot be met: the layers that may be decomposed reach "
                 # rounded up, so that the figure can be asked for

@@ -114,6 +114,17 @@ class Cut:
     bias: np.ndarray | None
     alive: frozenset[str]
 
+    def output_shape(self, source: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the output for an input of shape `source`."""
+        spec = self.layer.spec
+        if spec.ndim:
+            return (source[0], spec.out_channels, *spec.output_size(source[2:]))
+        shape = list(source)
+        if self.source_axis != self.output_axis:  # a Gemm that transposes its input
+            shape.reverse()
+        shape[self.output_axis] = spec.out_channels
+        return tuple(shape)
+
 
 def cuts(model: Model, found: Found, names: Sequence[str]) -> Iterator[Cut]:
     """The layers called `names`, in the order of the graph, each with what has to run before it."""
@@ -146,6 +157,15 @@ def last_segment(model: Model, found: Found, names: Sequence[str]) -> Segment | 
     start = max(found.places[name].position for name in names) + 1
     pending = [i for i in range(start, len(whole.nodes)) if i not in whole.constant]
     return whole.segment(pending, whole.later[-1]) if pending else None
+
+
+def sources(model: Model, found: Found, names: Sequence[str]) -> Segment | None:
+    """What makes the inputs of the layers called `names`, all at once; None where they are the model's own."""
+    whole = _Whole(model)
+    wanted = {whole.nodes[p.position].input[1 - p.weight_input] for p in (found.places[name] for name in names)}
+    end = max((i for i, node in enumerate(whole.nodes) if wanted & set(node.output)), default=-1)
+    pending = [i for i in range(end + 1) if i not in whole.constant]
+    return whole.segment(pending, wanted) if pending else None
 
 
 def island_of(model: Model, cut: Cut, chain: Chain, kernels: Sequence[np.ndarray]) -> Segment:

@@ -25,12 +25,13 @@ class Size:
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """What was asked for, what was reached."""
+    """What was asked for, what was reached; and what the plan foretold, where it is something to be measured."""
 
     metric: str
     asked: float
     reached: float
     met: bool
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,6 @@ def package_version(name: str = "onnx-lowrank") -> str:
 
 def environment() -> dict[str, str]:
     """Versions of what computes, and the processor."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "processor": _processor()}
+    found = {"python": platform.python_version(), "machine": platform.machine(), "processor": runtime.processor()}
     found["onnxruntime"] = runtime.version()  # by its own word: it is installed under other names, one for each device
     return found | {name: package_version(name) for name in ("onnx", "numpy", "scipy", "onnx-graphsurgeon")}
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
-    except OSError:
-        return platform.processor() or "unknown"

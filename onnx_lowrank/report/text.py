@@ -27,7 +27,8 @@ def render_report(report: Report) -> Iterator[Renderable]:
     yield _comparison(report.original, report.compressed, report.accuracy, report.latency)
     for budget in report.budgets:
         mark = "[green]met[/]" if budget.met else "[red]not met[/]"
-        yield f"{budget.metric}: asked {budget.asked:.4g}, reached {budget.reached:.4g} - {mark}"
+        foretold = "" if budget.predicted is None else f" (predicted {budget.predicted:.4g})"
+        yield f"{budget.metric}: asked {budget.asked:.4g}, reached {budget.reached:.4g}{foretold} - {mark}"
     yield from _notes(report.notes)
     yield (
         f"[dim]{sum(report.seconds.values()):.1f} s: "

@@ -194,7 +194,9 @@ def test_the_scale_of_errors_does_not_change_the_choice():
     ]
     picked = knapsack(groups, [Budget("macs", 0.4)], NOTHING, dense_cost(groups))
     for scale in (1e-9, 1e6):
-        scaled = [[candidate(c.layers[0], *vars(c.cost).values(), scale * c.error) for c in group] for group in groups]
+        scaled = [
+            [candidate(c.layers[0], c.cost.macs, c.cost.params, scale * c.error) for c in group] for group in groups
+        ]
         again = knapsack(scaled, [Budget("macs", 0.4)], NOTHING, dense_cost(groups))
         assert [c.cost for c in again] == [c.cost for c in picked]
 

@@ -1,0 +1,340 @@
+"""What every candidate takes on this machine: measured where it counts, interpolated between.
+
+MACs are a poor guide to time: a depthwise stage moves as much memory as a dense one, a chain that breaks a fusion pays
+for the Add that was free, a rank one above a block costs a whole block. So chains are timed by the runtime's own profiler,
+inside the network, where layouts and fusions are what they will be. In one measurement every layer of the network is
+another chain at once, and layers that are alike share what is learned; a few dozen runs fill the table. The kernels are
+random numbers: time does not depend on them.
+
+Sums of such times miss what happens between the layers. So the whole of a plan is measured before any kernel is
+fitted (:meth:`LatencyTable.check`), what is learned of its layers goes into the table, and the plan is made again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import nnls
+
+from onnx_lowrank.candidates import Group, price
+from onnx_lowrank.config import Config
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.owners import own_nodes, owners
+from onnx_lowrank.graph.save import save
+from onnx_lowrank.graph.splice import Replacement, splice
+from onnx_lowrank.runtime import (
+    Profile,
+    RunSettings,
+    Session,
+    give_back_memory,
+    processor,
+    profile_nodes,
+    time_pair,
+    typical,
+    version,
+)
+from onnx_lowrank.subject import Subject
+from onnx_lowrank.timings import Place, Timings, cache_folder
+from onnx_lowrank.types import Candidate, Chain, Cost, Plan, Progress, Rank
+from onnx_lowrank.verify import Feeds
+
+POINTS = {1: 6, 2: 9}
+"""Ranks of a method that are measured for each kind of layer, by the number of modes."""
+
+TABLE_SECONDS = 120.0
+"""Longest time that filling the table may take: what is not measured by then is estimated from what is."""
+
+CHECK_ROUNDS, CHECK_SECONDS = 40, 4.0
+"""Of the measurement of a whole plan."""
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Where the time of one network goes, in milliseconds.
+
+    Parameters
+    ----------
+    layers
+        What each layer takes, with what surrounds it.
+    rest
+        What belongs to no layer.
+    kinds
+        Operators of the optimised graph that work for each layer.
+    """
+
+    layers: dict[str, float]
+    rest: float
+    kinds: dict[str, tuple[str, ...]]
+
+    def of(self, group: Group) -> float:
+        """What the layers of a group take together."""
+        return sum(self.layers.get(name, 0.0) for name in group.names)
+
+
+class _Bench:
+    """A scratch folder, and the original in a session, beside which models are timed."""
+
+    def __init__(self, model: Model, given: Path | None, feeds: Feeds, settings: RunSettings, folder: Path) -> None:
+        self._feeds, self._settings, self._folder = feeds, settings, folder
+        self._latest: Path | None = None
+        if given is None:
+            given = folder / "original.onnx"
+            save(model, given)
+        self.path = given
+        self.reference = Session(given, settings)
+
+    def write(self, model: Model) -> Path:
+        """Write a model in the place of the one before it."""
+        if self._latest is not None:
+            shutil.rmtree(self._latest)
+        self._latest = Path(tempfile.mkdtemp(dir=self._folder))
+        save(model, self._latest / "model.onnx")
+        return self._latest / "model.onnx"
+
+    def profile(self, path: Path) -> Profile:
+        """Times of the nodes of a model."""
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        return profile_nodes(path, self.reference, self._feeds, self._settings, folder)
+
+
+class LatencyTable:
+    """Latency of the candidates of a model, on one provider with its threads and batch size."""
+
+    def __init__(self, subject: Subject, config: Config, feeds: Feeds, progress: Progress) -> None:
+        """Measure the model as it is.
+
+        Parameters
+        ----------
+        feeds
+            What it is timed on.
+
+        Raises
+        ------
+        LowRankError
+            Where ONNX Runtime refuses the model.
+        """
+        self._subject, self._feeds, self._progress = subject, feeds, progress
+        self._settings = RunSettings(config.provider, config.threads)
+        self._rng = np.random.default_rng(config.seed)
+        self._given = subject.model.path if not config.fold_batchnorm else None
+        self._timings = Timings(self._environment(config), cache_folder())
+        self.measured = self.wanted = 0
+        """Points measured, and how many there were to measure."""
+        with self._bench() as bench:
+            profile = bench.profile(bench.path)
+            alone = time_pair(
+                bench.reference, bench.reference, feeds, rounds=CHECK_ROUNDS, seconds=CHECK_SECONDS
+            ).first_ms
+            self._reference_ms = profile.reference_ms
+            # what a run takes beside its nodes, less what the profiler itself takes, is shared out among them; a run
+            # right after a profiled one is slower, and no measure for that
+            aside = typical(alone) - sum(profile.node_ms.values())
+            self._overhead_ms = aside / max(len(profile.node_ms), 1)
+            self._dense = self._times(profile, subject.model, {})
+        self._kinds = {group.names: _kind(group, self._dense.kinds) for group in subject.groups}
+
+    @property
+    def usable(self) -> bool:
+        """Whether times can be told apart: a provider that compiles whole parts of the graph does not say."""
+        groups = self._subject.groups
+        return 2 * sum(1 for group in groups if self._dense.of(group) > 0) >= len(groups) > 0
+
+    @property
+    def original(self) -> Cost:
+        """Cost of the whole model."""
+        return replace(self._subject.cost, latency_ms=sum(self._dense.layers.values()) + self._dense.rest)
+
+    def fill(self, candidates: Sequence[Sequence[Candidate]]) -> None:
+        """Measure what it takes to tell the latency of every candidate, as far as ``TABLE_SECONDS`` go."""
+        waiting = self._waiting(candidates)
+        self.measured, self.wanted = 0, sum(map(len, waiting.values()))
+        if not self.wanted:
+            return
+        start = time.perf_counter()
+        with self._bench() as bench:
+            while any(waiting.values()) and time.perf_counter() - start < TABLE_SECONDS:
+                choices = []
+                for group in self._subject.groups:
+                    queue = waiting.get(self._kinds[group.names])
+                    if queue:
+                        method, rank = queue.pop(0)
+                        choices.append(price(group, method, rank, 0.0))
+                self._learn(bench, choices)
+                self.measured += len(choices)
+                self._progress("latency", self.measured, self.wanted)
+        self._timings.save()
+
+    def priced(self, candidates: Sequence[Sequence[Candidate]]) -> list[tuple[Candidate, ...]]:
+        """`candidates` with their latency, as far as it is known now."""
+        return [self._priced(group, members) for group, members in zip(self._subject.groups, candidates, strict=True)]
+
+    def check(self, plan: Plan) -> float:
+        """Measured latency of a whole plan as a share of the original's; what is seen of its layers is learned."""
+        choices = [choice for choice in plan.choices if not choice.dense]
+        if not choices:
+            return 1.0
+        with self._bench() as bench:
+            session = Session(self._learn(bench, choices), self._settings)
+            timing = time_pair(bench.reference, session, self._feeds, rounds=CHECK_ROUNDS, seconds=CHECK_SECONDS)
+        self._timings.save()
+        return 1 / timing.speedup
+
+    @contextmanager
+    def _bench(self) -> Iterator[_Bench]:
+        """The original in a session, and a scratch folder; both go when the measurement is done."""
+        with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
+            yield _Bench(self._subject.model, self._given, self._feeds, self._settings, Path(folder))
+        give_back_memory()
+
+    def _environment(self, config: Config) -> dict[str, str]:
+        """All that a time depends on besides the layer."""
+        return {
+            "provider": self._settings.provider_name,
+            "onnxruntime": version(),
+            "processor": processor(),
+            "threads": str(config.threads),
+            "batch": str(config.batch_size),
+        }
+
+    def _times(self, profile: Profile, model: Model, replaced: Mapping[str, Sequence[str]]) -> _Times:
+        """Times of a network in which the layers `replaced` have become nodes of these names."""
+        nodes = own_nodes(self._subject.model, self._subject.found) | {k: tuple(v) for k, v in replaced.items()}
+        drift = self._reference_ms / profile.reference_ms
+        left = {name: max(ms * drift + self._overhead_ms, 0.0) for name, ms in profile.node_ms.items()}
+        layers: dict[str, float] = {}
+        kinds: dict[str, tuple[str, ...]] = {}
+        for node in owners(model, nodes, profile.optimized):
+            layers[node.layer] = layers.get(node.layer, 0.0) + left.pop(node.name, 0.0)
+            kinds[node.layer] = (*kinds.get(node.layer, ()), node.op_type)
+        return _Times(layers, sum(left.values()), kinds)
+
+    def _learn(self, bench: _Bench, choices: Sequence[Candidate]) -> Path:
+        """Time the model with `choices` made, all at once, and the path of that model."""
+        subject = self._subject
+        groups = {group.names: group for group in subject.groups}
+        replacements = []
+        for choice in choices:
+            kernels = self._kernels(groups[choice.layers], choice.chains[0])
+            replacements += [
+                Replacement(name, choice.decomposition, choice.rank, chain, kernels)
+                for name, chain in zip(choice.layers, choice.chains, strict=True)
+            ]
+        model, nodes = splice(subject.model, subject.found, replacements)
+        path = bench.write(model)
+        times = self._times(bench.profile(path), model, nodes)
+        for choice in choices:
+            group = groups[choice.layers]
+            before, after = self._dense.of(group), times.of(group)
+            if before > 0 and after > 0:
+                self._timings.add(Place(self._kinds[group.names], choice.decomposition), choice.rank, after / before)
+        return path
+
+    def _kernels(self, group: Group, chain: Chain) -> list[np.ndarray]:
+        """Random kernels of a chain that leaves activations about as large as the layer does: tiny ones would be slow."""
+        weight = group.layers[0].read_weight()
+        gain = float(np.linalg.norm(weight.astype(np.float32).ravel())) / math.sqrt(max(len(weight), 1))
+        shapes = [stage.spec.weight_shape for stage in chain]
+        kernels = [self._rng.standard_normal(s, dtype=np.float32) / math.sqrt(math.prod(s[1:])) for s in shapes]
+        return [*kernels[:-1], kernels[-1] * np.float32(gain)]
+
+    def _waiting(self, candidates: Sequence[Sequence[Candidate]]) -> dict[str, list[tuple[str, Rank]]]:
+        """For each kind of layer, what is to be measured: of every method the middle first, then the ends, then between."""
+        waiting: dict[str, list[tuple[str, Rank]]] = {}
+        for group, members in zip(self._subject.groups, candidates, strict=True):
+            kind = self._kinds[group.names]
+            if kind in waiting or self._dense.of(group) <= 0:
+                continue
+            queues = []
+            for method in sorted({c.decomposition for c in members if not c.dense}):
+                ranks = spread([c.rank for c in members if c.decomposition == method])
+                known = self._timings.of(Place(kind, method))
+                queues.append([(method, rank) for rank in ranks if rank not in known])
+            rounds = itertools.zip_longest(*queues)
+            waiting[kind] = [point for each in rounds for point in each if point is not None]
+        return waiting
+
+    def _priced(self, group: Group, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        kind, dense_ms = self._kinds[group.names], self._dense.of(group)
+        dense = group.dense.cost
+        shares: dict[Candidate, float] = {}
+        for method in {c.decomposition for c in candidates if not c.dense}:
+            members = [c for c in candidates if c.decomposition == method]
+            known = self._timings.of(Place(kind, method))
+            if known:
+                values = interpolated(known, [c.rank for c in members])
+            else:
+                values = np.array([c.cost.macs / max(dense.macs, 1) for c in members])
+            shares.update(zip(members, map(float, values), strict=True))
+        return tuple(
+            replace(c, cost=replace(c.cost, latency_ms=dense_ms * (1.0 if c.dense else shares[c]))) for c in candidates
+        )
+
+
+def _kind(group: Group, operators: Mapping[str, tuple[str, ...]]) -> str:
+    """All that the time of a group of layers depends on, besides the machine."""
+    return "; ".join(
+        f"{layer.op_type} {layer.spec} {layer.dtype} {layer.input_size} {layer.batch} in {operators.get(layer.name)}"
+        for layer in group.layers
+    )
+
+
+def spread(ranks: Sequence[Rank]) -> list[Rank]:
+    """A few of `ranks` that stand for all: the middle one, then in turn the one furthest from those taken.
+
+    Distances are of logarithms: the time of a chain bends where the ranks are small.
+
+    Examples
+    --------
+    >>> spread([(8,), (16,), (24,), (32,), (40,), (48,), (56,), (64,)])[:3]
+    [(24,), (8,), (64,)]
+    """
+    left = sorted(set(ranks))
+    if not left:
+        return []
+    places = np.log([list(rank) for rank in left])
+    taken = [int(np.argmin(np.square(places - places.mean(axis=0)).sum(axis=1)))]
+    while len(taken) < min(POINTS.get(len(left[0]), 9), len(left)):
+        distances = np.square(places[:, None] - places[taken]).sum(axis=2).min(axis=1)
+        taken.append(int(distances.argmax()))
+    return [left[i] for i in taken]
+
+
+def interpolated(known: Mapping[Rank, float], ranks: Sequence[Rank]) -> np.ndarray:
+    """Latency at `ranks`, from that at others: what was measured is taken as it is.
+
+    Along one mode a line between neighbours, and level below the smallest. Over two modes the chain's stages take time
+    in proportion to either rank and to the product of both, and something of their own.
+
+    Examples
+    --------
+    >>> interpolated({(8,): 0.2, (16,): 0.4}, [(4,), (8,), (12,), (24,)]).round(2).tolist()
+    [0.2, 0.2, 0.3, 0.6]
+    """
+    points = np.array([list(rank) for rank in known], dtype=np.float64)
+    shares = np.array(list(known.values()))
+    wanted = np.array([list(rank) for rank in ranks], dtype=np.float64)
+    if points.shape[1] == 1:
+        order = np.argsort(points[:, 0])
+        x, y = points[order, 0], np.maximum.accumulate(shares[order])
+        values = np.interp(wanted[:, 0], x, y)
+        if len(x) > 1:
+            beyond = wanted[:, 0] > x[-1]
+            values[beyond] += (wanted[beyond, 0] - x[-1]) * (y[-1] - y[-2]) / (x[-1] - x[-2])
+        return values
+    terms = _terms(points) / shares[:, None]
+    weights, _ = nnls(terms, np.ones(len(shares)))
+    values = _terms(wanted) @ weights
+    return np.array([known.get(rank, value) for rank, value in zip(ranks, values, strict=True)])
+
+
+def _terms(ranks: np.ndarray) -> np.ndarray:
+    return np.column_stack([np.ones(len(ranks)), ranks, ranks.prod(axis=1)])  # (n, 2) -> (n, 4)
