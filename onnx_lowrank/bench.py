@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_lowrank.calibrate import Batch, held_apart
+from onnx_lowrank.calibrate import Batch
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import load_function
 from onnx_lowrank.graph.check import check_model
@@ -128,8 +128,10 @@ class Bench:
         With calibration samples, the plan by the weights alone is one of them: no fit makes a model worse than that on
         the samples held out.
         """
-        fitted = self.planner.config.calibrate is not None and any(not choice.dense for choice in plan.choices)
-        variants = [(each, True) for each in (plan, *others)] + ([(plan.with_notes(UNFITTED), False)] if fitted else [])
+        fitted = self.planner.fits and any(not choice.dense for choice in plan.choices)
+        variants = [(each, self.planner.fits) for each in (plan, *others)] + (
+            [(plan.with_notes(UNFITTED), False)] if fitted else []
+        )
         made = []
         for each, fit in variants:
             model, layers = self.planner.carry_out(each, fit=fit)
@@ -143,7 +145,7 @@ class Bench:
         """How far the outputs of a model are from the original's, on the samples that no layer was fitted to."""
         with self.planner.stage("verify"):
             if self._held is None:
-                held = held_apart(self.planner.calibration() or [])[1]
+                held = self.planner.apart()
                 self._held = held, [self._session.run(batch) for batch in held]
             held, reference = self._held
             session = self._session_of(path)

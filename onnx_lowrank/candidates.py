@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_lowrank.decompositions import find_decomposition, lift
+from onnx_lowrank.decompositions.levels import energy_levels
 from onnx_lowrank.types import (
     DENSE,
     Candidate,
@@ -116,8 +117,8 @@ def show_rank(rank: Rank) -> str:
     return "x".join(map(str, rank))
 
 
-def rank_grid(highest: Rank, block: int) -> list[Rank]:
-    """Ranks to try: multiples of `block` up to `highest`, at most ``RANKS_PER_MODE`` of them along each mode.
+def rank_grid(highest: Rank, block: int, most: int | None = None) -> list[Rank]:
+    """Ranks to try: multiples of `block` up to `highest`, at most `most` (``RANKS_PER_MODE``) of them along each mode.
 
     Below one block every power of two is tried too: a small layer has nothing else.
 
@@ -126,7 +127,7 @@ def rank_grid(highest: Rank, block: int) -> list[Rank]:
     >>> rank_grid((24,), 8)
     [(1,), (2,), (4,), (8,), (16,), (24,)]
     """
-    most = RANKS_PER_MODE.get(len(highest), 8)
+    most = most or RANKS_PER_MODE.get(len(highest), 8)
     return list(itertools.product(*(_mode_ranks(top, block, most) for top in highest)))
 
 
@@ -135,6 +136,28 @@ def _mode_ranks(top: int, block: int, most: int) -> list[int]:
     count = top // block
     picks = sorted({round(i) for i in np.linspace(1, count, min(count, most))}) if count else []
     return small + [block * pick for pick in picks]
+
+
+def spread(ranks: Sequence[Rank], count: int) -> list[Rank]:
+    """`count` of `ranks` that stand for all (half as many again over two modes): the middle one, then in turn the one
+    furthest from those taken.
+
+    Distances are of logarithms: what depends on a rank bends where it is small.
+
+    Examples
+    --------
+    >>> spread([(8,), (16,), (24,), (32,), (40,), (48,), (56,), (64,)], 3)
+    [(24,), (8,), (64,)]
+    """
+    left = sorted(set(ranks))
+    if not left:
+        return []
+    places = np.log([list(rank) for rank in left])
+    taken = [int(np.argmin(np.square(places - places.mean(axis=0)).sum(axis=1)))]
+    while len(taken) < min(count if len(left[0]) == 1 else 3 * count // 2, len(left)):
+        distances = np.square(places[:, None] - places[taken]).sum(axis=2).min(axis=1)
+        taken.append(int(distances.argmax()))
+    return [left[i] for i in taken]
 
 
 @dataclass(frozen=True)
@@ -154,12 +177,25 @@ def loaded(group: Group) -> Group:
 
 
 def group_candidates(
-    group: Group, methods: Sequence[str], block: int, statistics: LayerStatistics | None = None
+    group: Group,
+    methods: Sequence[str],
+    block: int,
+    statistics: LayerStatistics | None = None,
+    *,
+    most: int | None = None,
+    levels: bool = False,
 ) -> tuple[tuple[Candidate, ...], Skip | None]:
     """Every candidate of `group` that saves something, the dense one first, and why there is none besides it.
 
     A candidate saves something where it has fewer MACs and no more parameters than the layer; those that another of the
     same method beats in cost and error are dropped. Across methods none is: time is not known here.
+
+    Parameters
+    ----------
+    most
+        Ranks along each mode.
+    levels
+        The error is -log of the level that the rank keeps (see :func:`~onnx_lowrank.decompositions.levels.energy_levels`).
     """
     dense = group.dense
     specs = [group.layers[0].spec]
@@ -172,7 +208,7 @@ def group_candidates(
         if reason:
             reasons.append(reason)
             continue
-        grid = rank_grid(lift.max_rank(decomposition, specs), lift.rank_step(decomposition, specs, block))
+        grid = rank_grid(lift.max_rank(decomposition, specs), lift.rank_step(decomposition, specs, block), most)
         cheaper = [c for c in (price(group, name, rank, math.inf) for rank in grid) if saves(c, dense)]
         if not cheaper:
             kept = group.layers[0].weight_kept
@@ -185,9 +221,11 @@ def group_candidates(
             continue
         if weights is None:
             weights = [group.layers[0].read_weight()]
-        errors = lift.errors(
-            decomposition, specs, weights, [c.rank for c in cheaper], None if statistics is None else [statistics]
-        )
+        ranks = [c.rank for c in cheaper]
+        if levels:
+            errors = -np.log(energy_levels(decomposition, specs, weights, ranks))
+        else:
+            errors = lift.errors(decomposition, specs, weights, ranks, None if statistics is None else [statistics])
         found += pareto([_with_error(c, float(e)) for c, e in zip(cheaper, errors, strict=True)])
     if not found:
         # a method that applies and saves nothing says more than one that does not apply

@@ -16,11 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from onnx_lowrank import pipeline, runtime
-from onnx_lowrank.config import METHODS, Config, make_config, read_config
+from onnx_lowrank.budgets import BUDGET_SOLVERS
+from onnx_lowrank.config import DAMAGES, METHODS, Config, make_config, read_config
 from onnx_lowrank.decompositions import DECOMPOSITIONS
 from onnx_lowrank.graph.save import check_destination
 from onnx_lowrank.plans import plan_to_dict
 from onnx_lowrank.ranks import RANK_ESTIMATORS
+from onnx_lowrank.recipes import RECIPES
 from onnx_lowrank.report.data import package_version
 from onnx_lowrank.report.text import render_inspection, render_report, render_verification
 from onnx_lowrank.types import LowRankError
@@ -107,6 +109,18 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             {"type": float, "metavar": "X", "help": "largest loss of the metric accepted, with 95 %% confidence"},
         ),
         ("--objective", {"metavar": "METRIC", "help": "what to make small under --max-drop (default: latency)"}),
+        (
+            "--recipe",
+            {"metavar": "NAME", "help": f"a published pipeline, whole: {', '.join(RECIPES)}"},
+        ),
+        (
+            "--solver",
+            {"metavar": "NAME", "help": f"what chooses the ranks: {', '.join(BUDGET_SOLVERS)} (default: knapsack)"},
+        ),
+        (
+            "--damage",
+            {"metavar": "NAME", "help": f"what it adds up: {', '.join(DAMAGES)} (default: output)"},
+        ),
         (
             "--rank",
             {

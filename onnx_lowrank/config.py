@@ -29,6 +29,10 @@ METHODS = ("svd", "tucker2", "spatial_svd", "channel_svd", "channel_svd_in", "cp
 """Decompositions used where the user names none; with a rank estimator, the first that applies to a layer."""
 
 
+DAMAGES = ("output", "weights", "energy", "accuracy", "combined")
+"""What a plan may count as the damage that a candidate does."""
+
+
 @dataclass(frozen=True)
 class Config:
     """What is asked for. Names are those of the command line's options.
@@ -51,6 +55,14 @@ class Config:
         What to make small under `max_drop`.
     methods
         Decompositions that may be used.
+    recipe
+        Key of ``RECIPES``: a pipeline as it was published, whole.
+    solver
+        Key of ``BUDGET_SOLVERS``: what chooses among candidates within the budgets.
+    damage
+        What a solver adds up: ``output``, what errors of a layer do to the outputs (of the weights, without samples);
+        ``weights``, relative errors of the kernels (of the layers' outputs, with samples); ``energy``, ``accuracy`` or
+        ``combined``, the metrics of ENC.
     rank
         A rank estimator in the place of an allocation: ``vbmf``, ``energy=0.95``, ``ratio=0.5``...
     include, exclude
@@ -76,6 +88,9 @@ class Config:
     max_drop: float | None = None
     objective: str = "latency"
     methods: tuple[str, ...] = METHODS
+    recipe: str = "default"
+    solver: str = "knapsack"
+    damage: str = "output"
     rank: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -94,6 +109,11 @@ class Config:
             _expect(
                 budget.metric in metrics, f"budget {budget.metric}={budget.ratio:g}", f"one of {', '.join(metrics)}"
             )
+        _expect(self.damage in DAMAGES, f"damage '{self.damage}'", f"one of {', '.join(DAMAGES)}")
+        sampled = self.calibrate is not None or (
+            self.damage in ("output", "weights", "energy") and self.solver != "enc_inf"
+        )
+        _expect(sampled, f"damage {self.damage} with solver {self.solver} and no samples", "calibrate DATA")
         names = [budget.metric for budget in self.budget]
         _expect(len(set(names)) == len(names), f"two budgets for {names}", "one for each metric")
         _expect(self.objective in metrics, f"objective '{self.objective}'", f"one of {', '.join(metrics)}")
@@ -214,7 +234,7 @@ def _shapes(name: str, value: Any) -> dict[str, tuple[int, ...]]:
 
 
 READERS: dict[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("preprocess", "metric", "objective", "rank", "provider"), _text),
+    **dict.fromkeys(("preprocess", "metric", "objective", "recipe", "solver", "damage", "rank", "provider"), _text),
     **dict.fromkeys(("methods", "include", "exclude"), _texts),
     **dict.fromkeys(("threads", "batch_size", "jobs", "seed", "align"), _whole),
     "budget": _budgets,

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import nnls
 
-from onnx_lowrank.candidates import Group, price
+from onnx_lowrank.candidates import Group, price, spread
 from onnx_lowrank.config import Config
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.owners import own_nodes, owners
@@ -47,8 +47,8 @@ from onnx_lowrank.timings import Place, Timings, cache_folder
 from onnx_lowrank.types import Candidate, Chain, Cost, Plan, Progress, Rank
 from onnx_lowrank.verify import Feeds
 
-POINTS = {1: 6, 2: 9}
-"""Ranks of a method that are measured for each kind of layer, by the number of modes."""
+POINTS = 6
+"""Ranks of a method that are measured for each kind of layer, for each mode and half as many again for a second."""
 
 TABLE_SECONDS = 120.0
 """Longest time that filling the table may take: what is not measured by then is estimated from what is."""
@@ -255,7 +255,7 @@ class LatencyTable:
                 continue
             queues = []
             for method in sorted({c.decomposition for c in members if not c.dense}):
-                ranks = spread([c.rank for c in members if c.decomposition == method])
+                ranks = spread([c.rank for c in members if c.decomposition == method], POINTS)
                 known = self._timings.of(Place(kind, method))
                 queues.append([(method, rank) for rank in ranks if rank not in known])
             rounds = itertools.zip_longest(*queues)
@@ -285,27 +285,6 @@ def _kind(group: Group, operators: Mapping[str, tuple[str, ...]]) -> str:
         f"{layer.op_type} {layer.spec} {layer.dtype} {layer.input_size} {layer.batch} in {operators.get(layer.name)}"
         for layer in group.layers
     )
-
-
-def spread(ranks: Sequence[Rank]) -> list[Rank]:
-    """A few of `ranks` that stand for all: the middle one, then in turn the one furthest from those taken.
-
-    Distances are of logarithms: the time of a chain bends where the ranks are small.
-
-    Examples
-    --------
-    >>> spread([(8,), (16,), (24,), (32,), (40,), (48,), (56,), (64,)])[:3]
-    [(24,), (8,), (64,)]
-    """
-    left = sorted(set(ranks))
-    if not left:
-        return []
-    places = np.log([list(rank) for rank in left])
-    taken = [int(np.argmin(np.square(places - places.mean(axis=0)).sum(axis=1)))]
-    while len(taken) < min(POINTS.get(len(left[0]), 9), len(left)):
-        distances = np.square(places[:, None] - places[taken]).sum(axis=2).min(axis=1)
-        taken.append(int(distances.argmax()))
-    return [left[i] for i in taken]
 
 
 def interpolated(known: Mapping[Rank, float], ranks: Sequence[Rank]) -> np.ndarray:

@@ -16,8 +16,9 @@ from onnx_lowrank.graph.save import save
 from onnx_lowrank.integrations import from_proto
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.plans import plan_to_dict, read_choices, read_plan
+from onnx_lowrank.recipes import find_recipe
 from onnx_lowrank.report.data import Report, Size, environment, plain
-from onnx_lowrank.search import budget_results, within_budgets, within_drop
+from onnx_lowrank.search import budget_results
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Candidate, Cost, LowRankError, Plan, Progress, Skip, no_progress
 from onnx_lowrank.verify import UNBOUNDED, Accuracy, Latency
@@ -104,7 +105,9 @@ def analyze(model: Any, *, config: Config | None = None, progress: Progress = no
         For a model or an option that cannot be used, or a budget out of reach.
     """
     config = _configured(config, options)
-    planner = Planner(open_subject(model, config), config, progress)
+    recipe = find_recipe(config.recipe)
+    config = recipe.configure(config)
+    planner = Planner(open_subject(model, config), config, progress, recipe.policy(config))
     if config.rank:
         return planner.estimated()
     for budget in config.budget:
@@ -155,6 +158,8 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
         For a model, data or options that cannot be used.
     """
     config = _configured(config, options)
+    recipe = find_recipe(config.recipe)
+    config = recipe.configure(config)
     if not config.budget and config.max_drop is None and not config.rank:
         raise LowRankError(
             "nothing was asked for: give a budget (macs=0.5), the largest drop accepted (max_drop 0.01) or a rank estimator (vbmf)"
@@ -165,20 +170,14 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
         raise LowRankError(
             f"max_drop of {config.metric}: the original has no such figure to lose; use cosine or agreement"
         )
-    planner = Planner(open_subject(model, config), config, progress)
+    planner = Planner(open_subject(model, config), config, progress, recipe.policy(config))
     if not planner.subject.found.layers:
         raise LowRankError(
             "the model has no layer to decompose (Conv, ConvTranspose, Gemm or MatMul with a stored float weight)"
             + "".join(f"; {skip.layer}: {skip.reason}" for skip in planner.subject.skips[:3])
         )
     with open_bench(planner) as bench:
-        if config.rank:
-            best = bench.attempt(planner.estimated())
-        elif config.budget:
-            best = within_budgets(planner, bench)
-        else:
-            best = within_drop(planner, bench)
-        return _finish(bench, model, best)
+        return _finish(bench, model, recipe.search(planner, bench))
 
 
 def verify(

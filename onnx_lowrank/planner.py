@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from onnx_lowrank.budgets import BUDGET_SOLVERS
+from onnx_lowrank.budgets import BUDGET_SOLVERS, find_solver
+from onnx_lowrank.budgets.enc import TOP, combined
 from onnx_lowrank.budgets.knapsack import OutOfReach
 from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length
 from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded, pareto
@@ -23,7 +24,7 @@ from onnx_lowrank.parallel import run_all
 from onnx_lowrank.ranks import parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
-from onnx_lowrank.sensitivity import measured
+from onnx_lowrank.sensitivity import agreeing, measured
 from onnx_lowrank.subject import Subject, open_config_data
 from onnx_lowrank.types import Budget, Candidate, Cost, Layer, LayerStatistics, Metric, Plan, Progress, Skip
 
@@ -47,6 +48,9 @@ CLOSED_FORM = ("svd", "channel_svd")
 FITTING_BYTES = 4 << 30
 """Most bytes of activations kept for fitting layers one after the other: of large pictures, fewer samples are used."""
 
+EVERY_RANK = 1 << 20
+"""More ranks than any mode has."""
+
 CHECKS = 4
 """Plans made in turn until the measured latency of one is near to what was asked."""
 
@@ -57,19 +61,41 @@ Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 
 
+@dataclass(frozen=True)
+class Policy:
+    """What a recipe lays down about the making of plans.
+
+    Parameters
+    ----------
+    methods
+        Those of each group, by its place among all; None for those of the configuration.
+    every_rank
+        Whether the ranks tried are all there are, and not a grid of them.
+    plain
+        Kernels are those of the weights alone, and no bias is corrected.
+    """
+
+    methods: Callable[[int, Group], tuple[str, ...]] | None = None
+    every_rank: bool = False
+    plain: bool = False
+
+
 class Planner:
     """A subject under a configuration, with what was computed for it so far."""
 
-    def __init__(self, subject: Subject, config: Config, progress: Progress) -> None:
+    def __init__(self, subject: Subject, config: Config, progress: Progress, policy: Policy | None = None) -> None:
         for name in config.methods:
             find_decomposition(name)
+        self._solver = find_solver(config.solver)
         self.subject, self.config, self.progress = subject, config, progress
+        self.policy = policy or Policy()
         self.seconds: dict[str, float] = {}
         # kernels are kept only for a search, which comes back to them: they may be as large as the model
         searches = config.max_drop is not None or any(budget.metric in MEASURED for budget in config.budget)
         self._cache = FactorCache() if searches else None
         self._candidates: list[tuple[Candidate, ...]] | None = None
         self._unmeasured: list[tuple[Candidate, ...]] | None = None
+        self._by_accuracy: list[tuple[Candidate, ...]] | None = None
         self._table: LatencyTable | None = None
         self._latency_notes: tuple[str, ...] = ()
         self._refused: tuple[Skip, ...] = ()
@@ -89,36 +115,57 @@ class Planner:
     def candidates(self) -> list[tuple[Candidate, ...]]:
         """Candidates of each group of the subject, the dense one first."""
         if self._candidates is None:
-            block = self.config.align or block_size()
-            seen = self._statistics()
+            block, damage = self.config.align or block_size(), self.config.damage
+            seen = self._statistics() if self.fits and damage in ("output", "weights") else {}
             made = self._for_each_group(
-                partial(_candidates_of, block=block),
+                partial(
+                    _candidates_of,
+                    block=block,
+                    most=EVERY_RANK if self.policy.every_rank else None,
+                    levels=damage in ("energy", "accuracy", "combined"),
+                ),
                 [
-                    partial(_task, group, self._methods(group), seen.get(group.names[0]))
-                    for group in self.subject.groups
+                    partial(_task, group, self._methods(index, group), seen.get(group.names[0]))
+                    for index, group in enumerate(self.subject.groups)
                 ],
             )
             self._candidates = [candidates for candidates, _ in made]
-            feeds = self.calibration()
-            if feeds is not None:
+            if damage == "output" and self.fits:
                 self._unmeasured = self._candidates
-                with self.stage("sensitivity"):
-                    self._candidates = measured(
-                        self.subject.model,
-                        self.subject.found,
-                        self.subject.groups,
-                        self._candidates,
-                        seen,
-                        held_apart(feeds)[1],
-                        seed=self.config.seed,
-                        jobs=self.config.workers,
-                        progress=self.progress,
-                    )
+                self._candidates = self._on_samples(partial(measured, statistics=seen))
+            elif damage in ("accuracy", "combined"):
+                self._by_accuracy = self._on_samples(agreeing)
             self._refused = tuple(skip for _, skip in made if skip)
         return self._candidates
 
-    def _methods(self, group: Group) -> tuple[str, ...]:
+    @property
+    def fits(self) -> bool:
+        """Whether kernels are fitted to samples."""
+        return self.config.calibrate is not None and not self.policy.plain
+
+    def apart(self) -> list[Batch]:
+        """Samples that nothing was fitted to."""
+        feeds = self.calibration() or []
+        return held_apart(feeds)[1] if self.fits else feeds
+
+    def _on_samples(self, measure: Callable[..., list[tuple[Candidate, ...]]]) -> list[tuple[Candidate, ...]]:
+        """Candidates with what a measurement on the model itself makes of their errors."""
+        with self.stage("sensitivity"):
+            return measure(
+                self.subject.model,
+                self.subject.found,
+                self.subject.groups,
+                self._candidates,
+                feeds=self.apart(),
+                seed=self.config.seed,
+                jobs=self.config.workers,
+                progress=self.progress,
+            )
+
+    def _methods(self, index: int, group: Group) -> tuple[str, ...]:
         """The methods for a group: those asked for, or by default those whose fit is a matter of seconds."""
+        if self.policy.methods is not None:
+            return self.policy.methods(index, group)
         methods, spec = self.config.methods, group.layers[0].spec
         if methods != METHODS:
             return methods
@@ -257,11 +304,21 @@ class Planner:
         return min(tried, key=lambda each: (each[0] > asked, abs(each[0] - asked)))[1]
 
     def _solved(self, candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget]) -> Plan:
-        """What the solver makes of the candidates that are worth something by the metrics of `budgets`."""
+        return self._plans(candidates, budgets)[0]
+
+    def _plans(self, candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget]) -> list[Plan]:
+        """What the solver makes of the candidates that are worth something by the metrics of `budgets`, the best first."""
         with self.stage("allocate"):
-            priced = self._table.priced(candidates) if self._table else candidates
-            worth = [_worth(group, budgets) for group in priced]
-            return self.plan(BUDGET_SOLVERS["knapsack"](worth, budgets, *self._costs()), *self._latency_notes)
+            views = [candidates] if self._by_accuracy is None else [candidates, self._by_accuracy]
+            priced = [self._table.priced(view) if self._table else view for view in views]
+            if self.config.damage == "combined":
+                count = TOP if self.config.solver == "enc_inf" else 1
+                picked = combined(priced[0], priced[1], budgets, *self._costs(), count)
+            else:
+                worth = [_worth(group, budgets) for group in priced[-1]]
+                picked = self._solver(worth, budgets, *self._costs())
+            plans = [self.plan(choices, *self._latency_notes) for choices in picked]
+            return [replace(plan, candidates=tuple(map(tuple, priced[-1]))) for plan in plans]
 
     def alternatives(self, budgets: Sequence[Budget]) -> list[Plan]:
         """Plans within budgets, the likeliest first, of which only the model itself can tell the best.
@@ -269,6 +326,8 @@ class Planner:
         Measured damages are those of layers changed alone, and those of all of them do not quite add up. A second plan
         goes by the mean of the damage and the plain error of each layer.
         """
+        if self._solver is not BUDGET_SOLVERS["knapsack"] or self.config.damage == "combined":
+            return self._plans(self.candidates(), budgets)
         first = self._allocated(self.candidates(), budgets)
         if self._unmeasured is None or self._candidates is None:
             return [first]
@@ -313,6 +372,7 @@ class Planner:
                 progress=self.progress,
                 cache=self._cache,
                 feeds=self._fitting() if fit else None,
+                correct=not self.policy.plain,
             )
 
     def _fitting(self) -> list[Batch] | None:
@@ -369,6 +429,8 @@ def _task(group: Group, methods: tuple[str, ...], seen: LayerStatistics | None) 
     return loaded(group), methods, seen
 
 
-def _candidates_of(task: _Task, block: int) -> tuple[tuple[Candidate, ...], Skip | None]:
+def _candidates_of(
+    task: _Task, block: int, most: int | None, levels: bool
+) -> tuple[tuple[Candidate, ...], Skip | None]:
     group, methods, seen = task
-    return group_candidates(group, methods, block, seen)
+    return group_candidates(group, methods, block, seen, most=most, levels=levels)

@@ -1,4 +1,7 @@
-"""Plans as JSON, in and out. Edit ``decomposition`` and ``rank``; everything else is there to be read."""
+"""Plans as JSON, in and out. Edit ``decomposition`` and ``rank`` of ``choices``; everything else is there to be read.
+
+``sensitivity`` holds what each layer could have become, by every method and rank: its cost and the damage foretold.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,32 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "format": FORMAT,
         "original": plan.original.__dict__,
         "planned": plan.cost.__dict__,
-        "choices": [
+        "choices": [{"layers": list(choice.layers), **_candidate(choice)} for choice in plan.choices],
+        "sensitivity": [
             {
                 "layers": list(choice.layers),
-                "decomposition": choice.decomposition,
-                "rank": list(choice.rank),
-                "macs": choice.cost.macs,
-                "params": choice.cost.params,
-                "error": choice.error,
+                "candidates": [_candidate(c) | {"chosen": _same(c, choice)} for c in candidates],
             }
-            for choice in plan.choices
+            for choice, candidates in zip(plan.choices, plan.candidates, strict=bool(plan.candidates))
         ],
         "skips": [skip.__dict__ for skip in plan.skips],
         "notes": list(plan.notes),
     }
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "decomposition": candidate.decomposition,
+        "rank": list(candidate.rank),
+        "macs": candidate.cost.macs,
+        "params": candidate.cost.params,
+        "latency_ms": candidate.cost.latency_ms,
+        "error": candidate.error,
+    }
+
+
+def _same(one: Candidate, other: Candidate) -> bool:
+    return (one.decomposition, one.rank) == (other.decomposition, other.rank)
 
 
 def read_plan(source: str | Path) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def rewrite(
     progress: Progress,
     cache: FactorCache | None = None,
     feeds: list[dict[str, np.ndarray]] | None = None,
+    correct: bool = True,
 ) -> tuple[Model, tuple[LayerReport, ...]]:
     """A copy of `model` with `plan` carried out, and what became of each layer.
 
@@ -79,7 +80,8 @@ def rewrite(
         made = {choice: fitted[choice.layers] for choice in choices}
     else:
         made = _by_weights(work, FactorCache() if cache is None else cache, seed, jobs, progress)
-        biases = corrected_biases(model, found, made)
+        if correct:
+            biases = corrected_biases(model, found, made)
     replacements, reports = [], []
     for group, choice in work:
         factorization = made[choice]

@@ -45,7 +45,7 @@ def budget_results(
             predicted = attempt.plan.ratio("latency") if timed else None
             results.append(BudgetResult(budget.metric, budget.ratio, reached, reached <= budget.ratio, predicted))
     if config.max_drop is not None:
-        drop = _drop(attempt.accuracy)
+        drop = loss(attempt.accuracy)
         results.append(BudgetResult("drop", config.max_drop, drop, drop <= config.max_drop))
     return tuple(results)
 
@@ -58,7 +58,7 @@ def _reached(metric: str, original: Size, attempt: Attempt, latency: Latency | N
     return getattr(attempt.size, name) / before if before else 1.0
 
 
-def _drop(accuracy: Accuracy) -> float:
+def loss(accuracy: Accuracy) -> float:
     """What a promise is held on: the upper bound, or the drop itself where one figure leaves no bound."""
     return accuracy.drop if math.isnan(accuracy.drop_upper_95) else accuracy.drop_upper_95
 
@@ -119,7 +119,7 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
     dense = bench.attempt(planner.dense())
     if planner.hopeless:
         return _left(dense, planner, NOTHING_TO_GAIN)
-    if _drop(dense.accuracy) > config.max_drop:
+    if loss(dense.accuracy) > config.max_drop:
         return _left(dense, planner, _too_few(dense.accuracy, config.max_drop))
     best, missed = dense, None
     low, high = planner.smallest(metric).ratio(metric), 1.0
@@ -129,8 +129,8 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
         if high / low < FINE:
             break
         attempt = bench.attempt(planner.solve([Budget(metric, middle)]))
-        logger.info("%s=%.3f: drop at most %.4f", metric, middle, _drop(attempt.accuracy))
-        if _drop(attempt.accuracy) <= config.max_drop:
+        logger.info("%s=%.3f: drop at most %.4f", metric, middle, loss(attempt.accuracy))
+        if loss(attempt.accuracy) <= config.max_drop:
             best, high = attempt, min(middle, attempt.plan.ratio(metric))
         else:
             missed, low = attempt, middle

@@ -9,20 +9,23 @@ is why one size is not enough: extrapolated from one, allocations come out worse
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 
 from onnx_lowrank.calibrate import Activations, Loaded, count, run_segment
-from onnx_lowrank.candidates import Group, loaded, pareto
+from onnx_lowrank.candidates import Group, loaded, pareto, spread
 from onnx_lowrank.decompositions import find_decomposition, lift
+from onnx_lowrank.decompositions.levels import NONE
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, cuts, island_of, last_segment
 from onnx_lowrank.parallel import run_all
 from onnx_lowrank.types import Candidate, Factorization, LayerStatistics, Progress
+from onnx_lowrank.verify import METRICS
 
 ERRORS = (0.4, 0.12, 0.03)
 """Squared relative errors of a layer's output at about which its damage is measured."""
@@ -45,9 +48,9 @@ def measured(
     found: Found,
     groups: Sequence[Group],
     candidates: Sequence[Sequence[Candidate]],
+    *,
     statistics: dict[str, LayerStatistics],
     feeds: list[dict[str, np.ndarray]],
-    *,
     seed: int,
     jobs: int,
     progress: Progress,
@@ -78,6 +81,78 @@ def measured(
         tuple(replace(c, error=interpolated(damages[c.layers], c.error)) if not c.dense else c for c in group)
         for group in candidates
     ]
+
+
+ACCURACY_RANKS = 4
+"""Ranks of a layer that its accuracy is measured at, by each method."""
+
+
+def agreeing(
+    model: Model,
+    found: Found,
+    groups: Sequence[Group],
+    candidates: Sequence[Sequence[Candidate]],
+    *,
+    feeds: list[dict[str, np.ndarray]],
+    seed: int,
+    jobs: int,
+    progress: Progress,
+) -> list[tuple[Candidate, ...]]:
+    """`candidates` with -log of the accuracy that is left when their layer alone is decomposed.
+
+    Measured at a few ranks of each method, with a monotone cubic through them. Without labels, accuracy is the
+    agreement with the original: our reading, since no labels are asked for.
+
+    Parameters
+    ----------
+    candidates
+        With -log of their energy levels as errors, which the cubics are drawn over.
+
+    References
+    ----------
+    Kim, Khan & Kyung (2019), "Efficient Neural Network Compression", eq. 6: the measured metric.
+    """
+    owners = {group.names: group for group in groups}
+    probes: list[Candidate] = []
+    for members in candidates:
+        for method in sorted({c.decomposition for c in members if not c.dense}):
+            by_rank = {c.rank: c for c in members if c.decomposition == method}
+            probes += [by_rank[rank] for rank in spread(list(by_rank), ACCURACY_RANKS)]
+    if not probes:
+        return [tuple(group) for group in candidates]
+    made = run_all(
+        partial(_draft, seed=seed),
+        [partial(_task, owners[probe.layers], probe, None) for probe in probes],
+        [owners[probe.layers].layers[0].spec.params for probe in probes],
+        jobs=jobs,
+        progress=progress,
+        stage="analyze",
+    )
+    names = sorted({name for probe in probes for name in probe.layers})
+    bench = _Bench(model, found, names, _few(feeds, len(probes)))
+    points: dict[tuple[tuple[str, ...], str], dict[float, float]] = {}
+    for number, (probe, factorization) in enumerate(zip(probes, made, strict=True), 1):
+        measured_at = points.setdefault((probe.layers, probe.decomposition), {1.0: 1.0})
+        measured_at.setdefault(math.exp(-probe.error), bench.agreement(probe, factorization))
+        progress("sensitivity", number, len(probes))
+    curves = {key: _curve(at) for key, at in points.items()}
+    return [
+        tuple(
+            c if c.dense else replace(c, error=float(-np.log(curves[c.layers, c.decomposition](math.exp(-c.error)))))
+            for c in group
+        )
+        for group in candidates
+    ]
+
+
+def _curve(points: dict[float, float]) -> Callable[[float], float]:
+    """The monotone cubic through measured accuracies by level; level beyond them, and never 0."""
+    x = sorted(points)
+    y = np.maximum.accumulate([points[at] for at in x])
+    if len(x) == 1:
+        return lambda level: 1.0
+    cubic = PchipInterpolator(x, y)
+    return lambda level: float(np.clip(cubic(np.clip(level, x[0], x[-1])), NONE, 1.0))
 
 
 def difference(outputs: Sequence[Sequence[np.ndarray]], reference: Sequence[Sequence[np.ndarray]]) -> float:
@@ -179,6 +254,17 @@ class _Bench:
 
     def damage(self, choice: Candidate, made: Factorization) -> float:
         """Squared difference of the outputs over their variance, with one choice made."""
+        return difference(self._with(choice, made, mended=True), self._reference)
+
+    def agreement(self, choice: Candidate, made: Factorization) -> float:
+        """Share of samples that keep their class with one choice made; without classes, what the difference leaves."""
+        results = self._with(choice, made, mended=False)
+        scores = [METRICS["agreement"](got, wanted, None) for got, wanted in zip(results, self._reference, strict=True)]
+        share = float(np.concatenate(scores).mean())
+        return share if math.isfinite(share) else max(0.0, 1 - difference(results, self._reference))
+
+    def _with(self, choice: Candidate, made: Factorization, *, mended: bool) -> list[list[np.ndarray]]:
+        """The outputs with one choice made, its bias `mended` by the mean that is missed."""
         chains = dict(zip(choice.layers, choice.chains, strict=True))
         first = next(i for i, cut in enumerate(self._cuts) if cut.layer.name in chains)
         alive = self._before[first].copy()
@@ -189,11 +275,11 @@ class _Bench:
             if cut.layer.name in chains:
                 wanted = [batch[cut.output] for batch in alive.batches]
                 run_segment(island_of(self._model, cut, chains[cut.layer.name], made.kernels[0]), alive)
-                if cut.bias is not None:
+                if mended and cut.bias is not None:
                     alive.shift(cut, _mean_missed(cut, wanted, [batch[cut.output] for batch in alive.batches]))
             alive.keep(cut.alive)
         self._run(self._last, alive)
-        return difference(self._results(alive), self._reference)
+        return self._results(alive)
 
     def _results(self, activations: Activations) -> list[list[np.ndarray]]:
         """The outputs, batch by batch."""

@@ -317,6 +317,8 @@ class Plan:
         Cost of the whole model before.
     notes
         What the user should know about how the plan came to be: an assumed input size, a budget out of reach.
+    candidates
+        What each group could have become instead, as the plan saw it; empty where no allocation was made.
     """
 
     choices: tuple[Candidate, ...]
@@ -324,6 +326,7 @@ class Plan:
     rest: Cost = Cost(0, 0)
     original: Cost = Cost(0, 0)
     notes: tuple[str, ...] = ()
+    candidates: tuple[tuple[Candidate, ...], ...] = field(default=(), repr=False)
 
     @property
     def cost(self) -> Cost:

@@ -13,10 +13,11 @@ import models
 import onnx_lowrank as lr
 from onnx_lowrank import latency, planner, runtime
 from onnx_lowrank.budgets.knapsack import OutOfReach
+from onnx_lowrank.candidates import spread
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.owners import own_nodes, owners
 from onnx_lowrank.graph.save import save
-from onnx_lowrank.latency import LatencyTable, interpolated, spread
+from onnx_lowrank.latency import LatencyTable, interpolated
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.runtime import OPTIMIZED, Profile, RunSettings, Session, profile_nodes
 from onnx_lowrank.search import within_budgets
@@ -104,14 +105,14 @@ def test_a_profile_tells_the_time_of_every_node(tmp_path: Path) -> None:
 
 def test_points_are_few_and_reach_from_end_to_end() -> None:
     ranks = [(8 * i,) for i in range(1, 65)]
-    points = spread(ranks)
-    assert len(points) == latency.POINTS[1] == len(set(points))
+    points = spread(ranks, 6)
+    assert len(points) == 6 == len(set(points))
     assert {(8,), (512,)} <= set(points)
     pairs = [(8 * i, 8 * j) for i in range(1, 9) for j in range(1, 9)]
-    assert len(spread(pairs)) == latency.POINTS[2]
-    assert {(8, 64), (64, 8)} <= set(spread(pairs))
-    assert spread([(4,)]) == [(4,)]
-    assert spread([]) == []
+    assert len(spread(pairs, 6)) == 9
+    assert {(8, 64), (64, 8)} <= set(spread(pairs, 6))
+    assert spread([(4,)], 6) == [(4,)]
+    assert spread([], 6) == []
 
 
 def test_times_over_two_ranks_are_those_of_the_stages() -> None:

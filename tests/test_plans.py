@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import models
+import onnx_lowrank as lr
 from onnx_lowrank.candidates import Group, group_layers, price
 from onnx_lowrank.plans import plan_to_dict, read_choices, read_plan
 from onnx_lowrank.types import Candidate, Cost, LowRankError, Plan, Skip
@@ -50,8 +52,8 @@ def test_a_plan_in_json_is_read_back_as_it_was(groups: tuple[Group, ...], tmp_pa
     data = plan_to_dict(plan)
     assert data["original"] == {"macs": 624, "params": 648, "latency_ms": 0.0}
     assert data["planned"] == {"macs": 3 * 40 + 240, "params": 3 * 40 + 240 + 24, "latency_ms": 0.0}
-    assert data["choices"][0] == choice(rank=(3,), macs=120, params=120, error=0.25)
-    assert data["choices"][1] == choice(("second",), "dense", (), macs=240, params=240, error=0.0)
+    assert data["choices"][0] == choice(rank=(3,), macs=120, params=120, latency_ms=0.0, error=0.25)
+    assert data["choices"][1] == choice(("second",), "dense", (), macs=240, params=240, latency_ms=0.0, error=0.0)
     assert data["skips"] == [{"layer": "relu", "op_type": "Relu", "reason": "no kernel"}]
     assert data["notes"] == ["a note"]
     file = tmp_path / "plan.json"
@@ -167,3 +169,16 @@ def test_the_cost_of_a_plan_is_that_of_its_choices_and_the_rest(groups: tuple[Gr
     assert plan.ratio("macs") == plan.ratio("params") == 0.5
     assert plan.error == pytest.approx(0.2)
     assert plan.with_notes("b").notes == ("b",)
+
+
+def test_a_plan_says_what_each_layer_could_have_become() -> None:
+    plan = lr.analyze(models.DIGITS, budget={"macs": 0.5}, methods="channel_svd,cp3,svd")
+    data = plan_to_dict(plan)
+    assert [entry["layers"] for entry in data["sensitivity"]] == [entry["layers"] for entry in data["choices"]]
+    for entry, choice in zip(data["sensitivity"], data["choices"], strict=True):
+        (chosen,) = [c for c in entry["candidates"] if c["chosen"]]
+        assert all(chosen[key] == choice[key] for key in choice if key != "layers")
+        for method in {c["decomposition"] for c in entry["candidates"]}:
+            curve = sorted((c["macs"], c["error"]) for c in entry["candidates"] if c["decomposition"] == method)
+            assert [error for _, error in curve] == sorted((error for _, error in curve), reverse=True)
+    assert len({c["decomposition"] for entry in data["sensitivity"] for c in entry["candidates"]}) > 2

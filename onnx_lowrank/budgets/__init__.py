@@ -4,13 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from onnx_lowrank.budgets.enc import enc_best, enc_map, enc_model
 from onnx_lowrank.budgets.knapsack import knapsack
-from onnx_lowrank.types import Budget, Candidate, Cost
+from onnx_lowrank.types import Budget, Candidate, Cost, LowRankError
 
-BudgetSolver = Callable[[Sequence[Sequence[Candidate]], Sequence[Budget], Cost, Cost], "tuple[Candidate, ...]"]
+Candidates = Sequence[Sequence[Candidate]]
+Choices = tuple[Candidate, ...]
+
+BudgetSolver = Callable[[Candidates, Sequence[Budget], Cost, Cost], "list[Choices]"]
+"""Choices within budgets, the best first; of several the model itself tells the best."""
+
+
+def _single(solver: Callable[[Candidates, Sequence[Budget], Cost, Cost], Choices]) -> BudgetSolver:
+    return lambda candidates, budgets, rest, original: [solver(candidates, budgets, rest, original)]
+
 
 BUDGET_SOLVERS: dict[str, BudgetSolver] = {
-    "knapsack": knapsack,
+    "knapsack": _single(knapsack),
+    "enc_map": _single(enc_map),
+    "enc_model": _single(enc_model),
+    "enc_inf": enc_best,
 }
 
-__all__ = ["BUDGET_SOLVERS", "BudgetSolver"]
+__all__ = ["BUDGET_SOLVERS", "BudgetSolver", "find_solver"]
+
+
+def find_solver(name: str) -> BudgetSolver:
+    """The member called `name`.
+
+    Raises
+    ------
+    LowRankError
+        For a name that is not in the table.
+    """
+    if name not in BUDGET_SOLVERS:
+        raise LowRankError(f"no budget solver is called '{name}': one of {', '.join(BUDGET_SOLVERS)} was expected")
+    return BUDGET_SOLVERS[name]

@@ -64,30 +64,81 @@ def knapsack(
     >>> knapsack([[a, b]], [Budget("macs", 0.5)], Cost(0, 0), Cost(10, 10)) == (b,)
     True
     """
-    limits = [_limit(budget, rest, original) for budget in budgets]
+    return several(candidates, budgets, rest, original, 1)[0]
+
+
+def several(
+    candidates: Sequence[Sequence[Candidate]],
+    budgets: Sequence[Budget],
+    rest: Cost,
+    original: Cost,
+    count: int,
+    band: float | None = None,
+) -> list[tuple[Candidate, ...]]:
+    """The `count` choices with the least total error within every budget, the best first; fewer where there are no more.
+
+    Parameters
+    ----------
+    band
+        Share of the first budget that a choice may leave unused; None for any.
+
+    Raises
+    ------
+    OutOfReach, LowRankError
+        As :func:`knapsack`.
+    """
+    limits = [most_of(budget, rest, original) for budget in budgets]
     _check_reach(candidates, budgets, limits, rest, original)
     if not candidates:
-        return ()
-    picked = _solve(candidates, budgets, limits)
-    if any(_used(picked, b.metric) > limit for b, limit in zip(budgets, limits, strict=True)):
-        # within the solver's tolerance, and yet beyond the budget: ask for that much less
-        picked = _solve(candidates, budgets, [_tighter(limit) for limit in limits])
-    return picked
+        return [()]
+    least = (
+        -math.inf
+        if band is None
+        else (1 - band) * (limits[0] + rest.of(budgets[0].metric)) - rest.of(budgets[0].metric)
+    )
+    found: list[list[int]] = []
+    flat = [c for group in candidates for c in group]
+    while len(found) < count:
+        try:
+            picked = _solve(candidates, budgets, limits, least, found)
+            if any(
+                _used([flat[i] for i in picked], b.metric) > limit for b, limit in zip(budgets, limits, strict=True)
+            ):
+                # within the solver's tolerance, and yet beyond the budget: ask for that much less
+                picked = _solve(candidates, budgets, [_tighter(limit) for limit in limits], least, found)
+        except OutOfReach:
+            if not found:
+                raise
+            break
+        found.append(picked)
+    return [tuple(flat[i] for i in picked) for picked in found]
 
 
 def _solve(
-    candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget], limits: Sequence[float]
-) -> tuple[Candidate, ...]:
-    """The choice with the least total error that uses at most `limits`."""
+    candidates: Sequence[Sequence[Candidate]],
+    budgets: Sequence[Budget],
+    limits: Sequence[float],
+    least: float,
+    without: Sequence[Sequence[int]],
+) -> list[int]:
+    """The choice with the least total error that uses at most `limits`, and of the first at least `least`.
+
+    Choices are given and returned by their places in the list of all candidates; those in `without` are left out.
+    """
     flat = [c for group in candidates for c in group]
     owner = np.repeat(np.arange(len(candidates)), [len(group) for group in candidates])
     one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(candidates), len(flat)))
     constraints = [LinearConstraint(one_each, 1, 1)]
-    for budget, limit in zip(budgets, limits, strict=True):
+    for number, (budget, limit) in enumerate(zip(budgets, limits, strict=True)):
         used = np.array([c.cost.of(budget.metric) for c in flat], dtype=float)
         # in units of the limit, so that the solver's absolute tolerances mean the same for every budget
         unit = limit if limit > 0 else 1.0
-        constraints.append(LinearConstraint(used[None] / unit, -np.inf, limit / unit))
+        constraints.append(LinearConstraint(used[None] / unit, -np.inf if number else least / unit, limit / unit))
+    if without:
+        places = np.concatenate([np.asarray(picked) for picked in without])
+        rows = np.repeat(np.arange(len(without)), len(candidates))
+        taken = csr_array((np.ones(len(places)), (rows, places)), shape=(len(without), len(flat)))
+        constraints.append(LinearConstraint(taken, -np.inf, len(candidates) - 1))
     errors = np.array([c.error for c in flat])
     with _silent():
         result = milp(
@@ -102,7 +153,7 @@ def _solve(
         raise OutOfReach(f"{asked} cannot be met together: loosen one, or allow more layers and methods")
     if result.x is None:
         raise LowRankError(f"no plan was found within {SECONDS:.0f} s ({result.message}): loosen a budget")
-    return tuple(flat[i] for i in np.flatnonzero(result.x > 0.5))
+    return [int(i) for i in np.flatnonzero(result.x > 0.5)]
 
 
 def _tighter(limit: float) -> float:
@@ -113,7 +164,7 @@ def _used(choices: Sequence[Candidate], metric: str) -> float:
     return math.fsum(c.cost.of(metric) for c in choices)
 
 
-def _limit(budget: Budget, rest: Cost, original: Cost) -> float:
+def most_of(budget: Budget, rest: Cost, original: Cost) -> float:
     """Largest cost of all groups together whose plan is within `budget`, as its ratio is reported."""
     total = original.of(budget.metric)
     most = budget.ratio * total

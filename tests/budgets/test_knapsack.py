@@ -227,4 +227,7 @@ def test_several_hundred_layers_with_sixty_candidates_each_are_solved():
 
 
 def test_the_table_holds_the_solver():
-    assert BUDGET_SOLVERS["knapsack"] is knapsack
+    groups = random_groups(np.random.default_rng(0))
+    budgets = [Budget("macs", 1.0)]
+    (picked,) = BUDGET_SOLVERS["knapsack"](groups, budgets, NOTHING, dense_cost(groups))
+    assert picked == knapsack(groups, budgets, NOTHING, dense_cost(groups))

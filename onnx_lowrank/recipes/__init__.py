@@ -1,0 +1,52 @@
+"""The table of recipes: pipelines, whole. A new one is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from onnx_lowrank.bench import Attempt, Bench
+from onnx_lowrank.config import Config
+from onnx_lowrank.planner import Planner, Policy
+from onnx_lowrank.recipes import automatic_rank, default
+from onnx_lowrank.types import LowRankError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pipeline.
+
+    Parameters
+    ----------
+    configure
+        What it makes of the options: it lays down some, and refuses those that contradict it.
+    policy
+        How plans are made under these options.
+    search
+        Finds the plan to end with.
+    """
+
+    configure: Callable[[Config], Config]
+    policy: Callable[[Config], Policy]
+    search: Callable[[Planner, Bench], Attempt]
+
+
+RECIPES: dict[str, Recipe] = {
+    "default": Recipe(default.configure, default.policy, default.search),
+    "automatic_rank": Recipe(automatic_rank.configure, automatic_rank.policy, automatic_rank.search),
+}
+
+__all__ = ["RECIPES", "Recipe", "find_recipe"]
+
+
+def find_recipe(name: str) -> Recipe:
+    """The member called `name`.
+
+    Raises
+    ------
+    LowRankError
+        For a name that is not in the table.
+    """
+    if name not in RECIPES:
+        raise LowRankError(f"no recipe is called '{name}': one of {', '.join(RECIPES)} was expected")
+    return RECIPES[name]

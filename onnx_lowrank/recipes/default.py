@@ -1,0 +1,26 @@
+"""``default``: what was asked for, by candidates of every method, fitted to samples where there are any."""
+
+from __future__ import annotations
+
+from onnx_lowrank.bench import Attempt, Bench
+from onnx_lowrank.config import Config
+from onnx_lowrank.planner import Planner, Policy
+from onnx_lowrank.search import within_budgets, within_drop
+
+
+def configure(config: Config) -> Config:
+    """Nothing is laid down."""
+    return config
+
+
+def policy(config: Config) -> Policy:
+    """Nothing is laid down."""
+    return Policy()
+
+
+def search(planner: Planner, bench: Bench) -> Attempt:
+    """A plan by the rank estimator, within the budgets, or as small as the accuracy allows."""
+    config = planner.config
+    if config.rank:
+        return bench.attempt(planner.estimated())
+    return within_budgets(planner, bench) if config.budget else within_drop(planner, bench)
