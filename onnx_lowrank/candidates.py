@@ -146,8 +146,8 @@ def spread(ranks: Sequence[Rank], count: int) -> list[Rank]:
 
     Examples
     --------
-    >>> spread([(8,), (16,), (24,), (32,), (40,), (48,), (56,), (64,)], 3)
-    [(24,), (8,), (64,)]
+    >>> spread([(8,), (16,), (24,), (32,), (40,), (48,), (56,), (64,)], 4)
+    [(32,), (8,), (16,), (64,)]
     """
     left = sorted(set(ranks))
     if not left:

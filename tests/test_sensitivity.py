@@ -37,7 +37,7 @@ def damages(proto, feeds: list[dict[str, np.ndarray]], methods=("channel_svd",))
     found = find_layers(model, infer(model, sample_shapes(inputs, {})[0]))
     groups = group_layers(found.layers)
     candidates = [group_candidates(group, methods, 1)[0] for group in groups]
-    return measured(model, found, groups, candidates, {}, feeds, seed=0, jobs=1, progress=no_progress)
+    return measured(model, found, groups, candidates, statistics={}, feeds=feeds, seed=0, jobs=1, progress=no_progress)
 
 
 def test_an_error_counts_for_what_it_does_to_the_output() -> None:

@@ -124,7 +124,7 @@ def line(seen: Sequence[tuple[float, float]]) -> np.poly1d:
 
     Examples
     --------
-    >>> line([(1.0, 0.9), (0.5, 0.8)])(0.75).round(3)
+    >>> round(float(line([(1.0, 0.9), (0.5, 0.8)])(0.75)), 3)
     0.85
     """
     levels, accuracies = np.array(seen[-LAST:]).T
