@@ -28,13 +28,14 @@ from scipy.optimize import nnls
 from onnx_lowrank.candidates import Group, price, spread
 from onnx_lowrank.config import Config
 from onnx_lowrank.graph.model import Model
-from onnx_lowrank.graph.owners import own_nodes, owners
+from onnx_lowrank.graph.owners import Owned, own_nodes, owners
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.graph.splice import Replacement, splice
 from onnx_lowrank.runtime import (
     Profile,
     RunSettings,
     Session,
+    Timing,
     give_back_memory,
     processor,
     profile_nodes,
@@ -53,8 +54,11 @@ POINTS = 6
 TABLE_SECONDS = 120.0
 """Longest time that filling the table may take: what is not measured by then is estimated from what is."""
 
+WHOLE_MODELS = 3
+"""Models with chains that are timed as a whole too, to learn what a run takes beside its nodes."""
+
 CHECK_ROUNDS, CHECK_SECONDS = 40, 4.0
-"""Of the measurement of a whole plan."""
+"""Of the measurement of a whole."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,10 @@ class _Times:
         What each layer takes, with what surrounds it.
     rest
         What belongs to no layer.
-    kinds
-        Operators of the optimised graph that work for each layer.
     """
 
     layers: dict[str, float]
     rest: float
-    kinds: dict[str, tuple[str, ...]]
 
     def of(self, group: Group) -> float:
         """What the layers of a group take together."""
@@ -129,18 +130,13 @@ class LatencyTable:
         self._timings = Timings(self._environment(config), cache_folder())
         self.measured = self.wanted = 0
         """Points measured, and how many there were to measure."""
+        self._aside_ms, self._nodes = 0.0, 0
         with self._bench() as bench:
-            profile = bench.profile(bench.path)
-            alone = time_pair(
-                bench.reference, bench.reference, feeds, rounds=CHECK_ROUNDS, seconds=CHECK_SECONDS
-            ).first_ms
-            self._reference_ms = profile.reference_ms
-            # what a run takes beside its nodes, less what the profiler itself takes, is shared out among them; a run
-            # right after a profiled one is slower, and no measure for that
-            aside = typical(alone) - sum(profile.node_ms.values())
-            self._overhead_ms = aside / max(len(profile.node_ms), 1)
-            self._dense = self._times(profile, subject.model, {})
-        self._kinds = {group.names: _kind(group, self._dense.kinds) for group in subject.groups}
+            self._first = bench.profile(bench.path)
+            self._owned = owners(subject.model, own_nodes(subject.model, subject.found), self._first.optimized)
+            self._whole_ms = typical(self._timing(bench, bench.reference).first_ms)
+        self._account(self._first, 1.0)
+        self._kinds = {group.names: _kind(group, self._owned) for group in subject.groups}
 
     @property
     def usable(self) -> bool:
@@ -151,7 +147,7 @@ class LatencyTable:
     @property
     def original(self) -> Cost:
         """Cost of the whole model."""
-        return replace(self._subject.cost, latency_ms=sum(self._dense.layers.values()) + self._dense.rest)
+        return replace(self._subject.cost, latency_ms=math.fsum(self._dense.layers.values()) + self._dense.rest)
 
     def fill(self, candidates: Sequence[Sequence[Candidate]]) -> None:
         """Measure what it takes to tell the latency of every candidate, as far as ``TABLE_SECONDS`` go."""
@@ -159,17 +155,21 @@ class LatencyTable:
         self.measured, self.wanted = 0, sum(map(len, waiting.values()))
         if not self.wanted:
             return
-        start = time.perf_counter()
+        start, models = time.perf_counter(), 0
+        turns = {kind: itertools.cycle(points) for kind, points in waiting.items() if points}
+        left = {(kind, *point) for kind, points in waiting.items() for point in points}
         with self._bench() as bench:
-            while any(waiting.values()) and time.perf_counter() - start < TABLE_SECONDS:
+            while left and time.perf_counter() - start < TABLE_SECONDS:
                 choices = []
                 for group in self._subject.groups:
-                    queue = waiting.get(self._kinds[group.names])
-                    if queue:
-                        method, rank = queue.pop(0)
+                    kind = self._kinds[group.names]
+                    if kind in turns:  # again where others are not done: of many layers alike, the mean is surer
+                        method, rank = next(turns[kind])
                         choices.append(price(group, method, rank, 0.0))
-                self._learn(bench, choices)
-                self.measured += len(choices)
+                        left.discard((kind, method, rank))
+                self._learn(bench, choices, whole=models < WHOLE_MODELS)
+                models += 1
+                self.measured = self.wanted - len(left)
                 self._progress("latency", self.measured, self.wanted)
         self._timings.save()
 
@@ -183,10 +183,24 @@ class LatencyTable:
         if not choices:
             return 1.0
         with self._bench() as bench:
-            session = Session(self._learn(bench, choices), self._settings)
-            timing = time_pair(bench.reference, session, self._feeds, rounds=CHECK_ROUNDS, seconds=CHECK_SECONDS)
+            ratio = self._learn(bench, choices, whole=True)
         self._timings.save()
-        return 1 / timing.speedup
+        return ratio
+
+    def _timing(self, bench: _Bench, other: Session) -> Timing:
+        """The original and another model in turn."""
+        return time_pair(bench.reference, other, self._feeds, rounds=CHECK_ROUNDS, seconds=CHECK_SECONDS)
+
+    def _account(self, profile: Profile, ratio: float) -> None:
+        """Learn what a run takes beside its nodes from a model whose whole takes `ratio` of the original's time.
+
+        Less what the profiler itself takes, which is more; it is shared out among the nodes of all models seen, so that a
+        chain of three pays for two more.
+        """
+        spent = sum(profile.node_ms.values()) * self._first.reference_ms / profile.reference_ms
+        self._aside_ms += ratio * self._whole_ms - spent
+        self._nodes += len(profile.node_ms)
+        self._dense = self._times(self._first, self._owned)
 
     @contextmanager
     def _bench(self) -> Iterator[_Bench]:
@@ -205,20 +219,17 @@ class LatencyTable:
             "batch": str(config.batch_size),
         }
 
-    def _times(self, profile: Profile, model: Model, replaced: Mapping[str, Sequence[str]]) -> _Times:
-        """Times of a network in which the layers `replaced` have become nodes of these names."""
-        nodes = own_nodes(self._subject.model, self._subject.found) | {k: tuple(v) for k, v in replaced.items()}
-        drift = self._reference_ms / profile.reference_ms
-        left = {name: max(ms * drift + self._overhead_ms, 0.0) for name, ms in profile.node_ms.items()}
+    def _times(self, profile: Profile, owned: Sequence[Owned]) -> _Times:
+        """Where the time of a network goes, as of when the original was measured."""
+        drift, overhead = self._first.reference_ms / profile.reference_ms, self._aside_ms / max(self._nodes, 1)
+        left = {name: max(ms * drift + overhead, 0.0) for name, ms in profile.node_ms.items()}
         layers: dict[str, float] = {}
-        kinds: dict[str, tuple[str, ...]] = {}
-        for node in owners(model, nodes, profile.optimized):
+        for node in owned:
             layers[node.layer] = layers.get(node.layer, 0.0) + left.pop(node.name, 0.0)
-            kinds[node.layer] = (*kinds.get(node.layer, ()), node.op_type)
-        return _Times(layers, sum(left.values()), kinds)
+        return _Times(layers, math.fsum(left.values()))
 
-    def _learn(self, bench: _Bench, choices: Sequence[Candidate]) -> Path:
-        """Time the model with `choices` made, all at once, and the path of that model."""
+    def _learn(self, bench: _Bench, choices: Sequence[Candidate], *, whole: bool) -> float:
+        """Time the model with `choices` made, all at once; the share that its `whole` takes of the original's time."""
         subject = self._subject
         groups = {group.names: group for group in subject.groups}
         replacements = []
@@ -230,13 +241,18 @@ class LatencyTable:
             ]
         model, nodes = splice(subject.model, subject.found, replacements)
         path = bench.write(model)
-        times = self._times(bench.profile(path), model, nodes)
+        profile, ratio = bench.profile(path), math.nan
+        if whole:
+            ratio = 1 / self._timing(bench, Session(path, self._settings)).speedup
+            self._account(profile, ratio)
+        owned = owners(model, own_nodes(subject.model, subject.found) | nodes, profile.optimized)
+        times = self._times(profile, owned)
         for choice in choices:
             group = groups[choice.layers]
             before, after = self._dense.of(group), times.of(group)
             if before > 0 and after > 0:
                 self._timings.add(Place(self._kinds[group.names], choice.decomposition), choice.rank, after / before)
-        return path
+        return ratio
 
     def _kernels(self, group: Group, chain: Chain) -> list[np.ndarray]:
         """Random kernels of a chain that leaves activations about as large as the layer does: tiny ones would be slow."""
@@ -279,10 +295,11 @@ class LatencyTable:
         )
 
 
-def _kind(group: Group, operators: Mapping[str, tuple[str, ...]]) -> str:
+def _kind(group: Group, owned: Sequence[Owned]) -> str:
     """All that the time of a group of layers depends on, besides the machine."""
     return "; ".join(
-        f"{layer.op_type} {layer.spec} {layer.dtype} {layer.input_size} {layer.batch} in {operators.get(layer.name)}"
+        f"{layer.op_type} {layer.spec} {layer.dtype} {layer.input_size} {layer.batch} in "
+        + " ".join(node.op_type for node in owned if node.layer == layer.name)
         for layer in group.layers
     )
 

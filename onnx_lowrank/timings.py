@@ -98,5 +98,5 @@ class Timings:
             return {}
 
 
-KEPT = 5
+KEPT = 9
 """Measurements kept of each rank."""

@@ -204,7 +204,7 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch, ms) -> list[Path]:
         return Profile({name: ms(name) for name in names}, 10.0, folder / OPTIMIZED)
 
     def pair(first, second, feeds, **options):
-        return runtime.Timing(np.full(10, 10.0), np.full(10, 10.0))
+        return runtime.Timing(np.full(10, 10.0), np.full(10, 10.0))  # all of it is beside the nodes
 
     monkeypatch.setattr(latency, "profile_nodes", profile)
     monkeypatch.setattr(latency, "time_pair", pair)
@@ -230,7 +230,9 @@ def test_the_table_is_filled_once_and_then_read(monkeypatch: pytest.MonkeyPatch,
     again.fill(candidates)
     assert again.wanted == 0
     assert len(profiled) == first + 1  # the original alone
-    assert [[c.cost for c in group] for group in again.priced(candidates)] == [[c.cost for c in g] for g in priced]
+    for one, other in zip(again.priced(candidates), priced, strict=True):  # as shares of the layer's own time
+        shares = [[c.cost.latency_ms / group[0].cost.latency_ms for c in group] for group in (one, other)]
+        assert shares[0] == pytest.approx(shares[1])
     other = make_config(methods="svd,cp3", align=4, batch_size=2)
     more = LatencyTable(subject, other, subject.feeds(2), no_progress)
     more.fill(candidates)
