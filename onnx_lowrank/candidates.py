@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_lowrank.decompositions import find_decomposition, lift
+from onnx_lowrank.decompositions import find_decomposition, is_joint, lift
 from onnx_lowrank.decompositions.levels import energy_levels
 from onnx_lowrank.types import (
     DENSE,
@@ -31,9 +31,13 @@ RANKS_PER_MODE = {1: 64, 2: 16}
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that are decided together: one layer, or all that read one stored kernel in the same way."""
+    """Layers that are decided together: one layer, or all that read one stored kernel in the same way.
+
+    Where it is `joint`, the layers have kernels of their own, which may come to share a factor.
+    """
 
     layers: tuple[Layer, ...]
+    joint: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -43,7 +47,8 @@ class Group:
     def dense(self) -> Candidate:
         """The candidate that changes nothing."""
         macs = sum(layer.macs for layer in self.layers)
-        return Candidate(self.names, DENSE, (), (), Cost(macs, self.layers[0].spec.params), 0.0)
+        stored = self.layers if self.joint else self.layers[:1]
+        return Candidate(self.names, DENSE, (), (), Cost(macs, sum(layer.spec.params for layer in stored)), 0.0)
 
 
 def group_layers(layers: Sequence[Layer]) -> tuple[Group, ...]:
@@ -68,8 +73,9 @@ def chain_macs(chain: Chain, layer: Layer) -> int:
 
 def chain_params(chains: Sequence[Chain]) -> int:
     """Stored elements of the kernels of `chains`, shared ones once."""
-    shared = {stage.shared: stage.spec.params for chain in chains for stage in chain if stage.shared}
-    return sum(shared.values()) + sum(s.spec.params for chain in chains for s in chain if not s.shared)
+    pieces = [piece for chain in chains for stage in chain for piece in stage.pieces]
+    shared = {tag: shape for tag, shape in pieces if tag}
+    return sum(map(math.prod, shared.values())) + sum(math.prod(shape) for tag, shape in pieces if not tag)
 
 
 def price(group: Group, name: str, rank: Rank, error: float) -> Candidate:
@@ -91,19 +97,23 @@ def price(group: Group, name: str, rank: Rank, error: float) -> Candidate:
             f"rank {show_rank(rank)} of {name} for layer '{group.names[0]}': {len(highest)} number(s) were expected, "
             f"from 1 to {show_rank(highest)}"
         )
-    chains = _tie(group, lift.chains(decomposition, specs[:1], rank), decomposition, rank)
+    chains = _chains(group, decomposition, rank)
     macs = sum(chain_macs(chain, layer) for chain, layer in zip(chains, group.layers, strict=True))
-    kept = group.layers[0].spec.params if group.layers[0].weight_kept else 0
+    stored = group.layers if group.joint else group.layers[:1]
+    kept = sum(layer.spec.params for layer in stored if layer.weight_kept)
     return Candidate(group.names, name, rank, chains, Cost(macs, chain_params(chains) + kept), error)
 
 
-def _tie(group: Group, first: tuple[Chain, ...], decomposition: Decomposition, rank: Rank) -> tuple[Chain, ...]:
-    """A chain for each layer of the group, with every kernel shared where there are several layers."""
-    if len(group.layers) == 1:
-        return first
-    stem = group.layers[0].weight_name
-    chains = (lift.chains(decomposition, [layer.spec], rank)[0] for layer in group.layers)
-    return tuple(tuple(Stage(stage.spec, f"{stem}_{i}") for i, stage in enumerate(chain)) for chain in chains)
+def _chains(group: Group, decomposition: Decomposition, rank: Rank) -> tuple[Chain, ...]:
+    """A chain for each layer of the group; of layers that read one kernel, every kernel is shared."""
+    specs, stem = [layer.spec for layer in group.layers], group.layers[0].weight_name
+    if group.joint:
+        chains = lift.chains(decomposition, specs, rank)
+        return tuple(tuple(stage.tagged(stem) for stage in chain) for chain in chains)
+    if len(specs) == 1:
+        return lift.chains(decomposition, specs, rank)
+    alone = (lift.chains(decomposition, [spec], rank)[0] for spec in specs)
+    return tuple(tuple(Stage(stage.spec, f"{stem}_{i}") for i, stage in enumerate(chain)) for chain in alone)
 
 
 def show_rank(rank: Rank) -> str:
@@ -172,6 +182,8 @@ class InMemory:
 
 def loaded(group: Group) -> Group:
     """`group` with its kernel in memory."""
+    if group.joint:
+        return replace(group, layers=tuple(replace(x, read_weight=InMemory(x.read_weight())) for x in group.layers))
     read = InMemory(group.layers[0].read_weight())
     return Group(tuple(replace(layer, read_weight=read) for layer in group.layers))
 
@@ -198,7 +210,9 @@ def group_candidates(
         The error is -log of the level that the rank keeps (see :func:`~onnx_lowrank.decompositions.levels.energy_levels`).
     """
     dense = group.dense
-    specs = [group.layers[0].spec]
+    members = group.layers if group.joint else group.layers[:1]
+    specs = [layer.spec for layer in members]
+    methods = [name for name in methods if is_joint(name) == group.joint]
     found: list[Candidate] = []
     reasons: list[str] = []
     weights: list[np.ndarray] | None = None
@@ -220,12 +234,13 @@ def group_candidates(
             )
             continue
         if weights is None:
-            weights = [group.layers[0].read_weight()]
+            weights = [layer.read_weight() for layer in members]
         ranks = [c.rank for c in cheaper]
         if levels:
             errors = -np.log(energy_levels(decomposition, specs, weights, ranks))
         else:
             errors = lift.errors(decomposition, specs, weights, ranks, None if statistics is None else [statistics])
+        errors = len(members) * errors  # a mean over the layers, of which each counts as it does alone
         found += pareto([_with_error(c, float(e)) for c, e in zip(cheaper, errors, strict=True)])
     if not found:
         # a method that applies and saves nothing says more than one that does not apply

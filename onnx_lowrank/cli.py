@@ -134,6 +134,14 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("--include", {"action": "append", "metavar": "GLOB", "help": "only layers of these names; repeatable"}),
         ("--exclude", {"action": "append", "metavar": "GLOB", "help": "no layers of these names; repeatable"}),
         (
+            "--group",
+            {
+                "action": "append",
+                "metavar": "NAME=GLOB",
+                "help": "layers that may share a factor (joint_*); otherwise found from the graph; repeatable",
+            },
+        ),
+        (
             "--align",
             {"type": int, "metavar": "N", "help": "multiple that ranks are kept to (default: this machine's kernels)"},
         ),

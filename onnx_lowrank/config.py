@@ -68,6 +68,8 @@ class Config:
     include, exclude
         Patterns of node names: only layers that match one of `include` (all, where it is empty) and none of
         `exclude` are changed.
+    group
+        Patterns of node names by a name of one's own: layers that may share a factor; otherwise found from the graph.
     fold_batchnorm
         Fold BatchNormalization into the convolution before it first.
     align
@@ -94,6 +96,7 @@ class Config:
     rank: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    group: Mapping[str, str] = field(default_factory=dict)
     fold_batchnorm: bool = False
     align: int | None = None
     provider: str = "CPUExecutionProvider"
@@ -149,6 +152,7 @@ class Config:
             plain[name] = (
                 value if value is None else str(value) if isinstance(value, (str, Path)) else type(value).__name__
             )
+        plain["group"] = dict(self.group)
         plain["budget"] = {b.metric: b.ratio for b in self.budget}
         plain["input_shape"] = {name: list(shape) for name, shape in self.input_shape.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
@@ -223,6 +227,21 @@ def _budgets(name: str, value: Any) -> tuple[Budget, ...]:
     return tuple(b for item in items for b in ([item] if isinstance(item, Budget) else parse_budgets([item])))
 
 
+def _patterns(name: str, value: Any) -> dict[str, str]:
+    """From a mapping, or from one or more texts NAME=GLOB."""
+    if isinstance(value, Mapping):
+        return {str(key): _text(name, pattern) for key, pattern in value.items()}
+    pairs = [text.partition("=") for text in _texts(name, value)]
+    for key, found, pattern in pairs:
+        _expect(
+            bool(key and found and pattern),
+            f"{name} '{key}{found}{pattern}'",
+            "NAME=GLOB, for example two=layer2.*.conv1,",
+        )
+    _expect(len({key for key, *_ in pairs}) == len(pairs), f"{name} {value}", "a name for each")
+    return {key: pattern for key, _, pattern in pairs}
+
+
 def _shapes(name: str, value: Any) -> dict[str, tuple[int, ...]]:
     """From a mapping, or from one or more texts."""
     if not isinstance(value, Mapping):
@@ -238,6 +257,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("methods", "include", "exclude"), _texts),
     **dict.fromkeys(("threads", "batch_size", "jobs", "seed", "align"), _whole),
     "budget": _budgets,
+    "group": _patterns,
     "max_drop": _number,
     "fold_batchnorm": _truth,
     "input_shape": _shapes,

@@ -45,7 +45,7 @@ from onnx_lowrank.runtime import (
 )
 from onnx_lowrank.subject import Subject
 from onnx_lowrank.timings import Place, Timings, cache_folder
-from onnx_lowrank.types import Candidate, Chain, Cost, Plan, Progress, Rank
+from onnx_lowrank.types import Candidate, Chain, Cost, Layer, Plan, Progress, Rank
 from onnx_lowrank.verify import Feeds
 
 POINTS = 6
@@ -175,7 +175,18 @@ class LatencyTable:
 
     def priced(self, candidates: Sequence[Sequence[Candidate]]) -> list[tuple[Candidate, ...]]:
         """`candidates` with their latency, as far as it is known now."""
-        return [self._priced(group, members) for group, members in zip(self._subject.groups, candidates, strict=True)]
+        groups = self._subject.groups
+        alone = [self._priced(group, members) for group, members in zip(groups, candidates, strict=False)]
+        return [*alone, *(self._together(members) for members in candidates[len(groups) :])]
+
+    def _together(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """Candidates over several layers: their time is taken to follow their MACs until the whole is checked."""
+        names = candidates[0].layers
+        before = sum(self._dense.layers.get(name, 0.0) for name in names)
+        macs = sum(layer.macs for layer in self._subject.found.layers if layer.name in names)
+        return tuple(
+            replace(c, cost=replace(c.cost, latency_ms=before * c.cost.macs / max(macs, 1))) for c in candidates
+        )
 
     def check(self, plan: Plan) -> float:
         """Measured latency of a whole plan as a share of the original's; what is seen of its layers is learned."""
@@ -233,12 +244,13 @@ class LatencyTable:
         subject = self._subject
         groups = {group.names: group for group in subject.groups}
         replacements = []
+        layers = {layer.name: layer for layer in subject.found.layers}
         for choice in choices:
-            kernels = self._kernels(groups[choice.layers], choice.chains[0])
-            replacements += [
-                Replacement(name, choice.decomposition, choice.rank, chain, kernels)
-                for name, chain in zip(choice.layers, choice.chains, strict=True)
-            ]
+            made: dict[tuple[tuple[int, ...], ...], list[np.ndarray]] = {}  # of a kernel that is shared there is one
+            for name, chain in zip(choice.layers, choice.chains, strict=True):
+                shapes = tuple(stage.spec.weight_shape for stage in chain)
+                kernels = made.setdefault(shapes, self._kernels(layers[name], chain))
+                replacements.append(Replacement(name, choice.decomposition, choice.rank, chain, kernels))
         model, nodes = splice(subject.model, subject.found, replacements)
         path = bench.write(model)
         profile, ratio = bench.profile(path), math.nan
@@ -248,15 +260,17 @@ class LatencyTable:
         owned = owners(model, own_nodes(subject.model, subject.found) | nodes, profile.optimized)
         times = self._times(profile, owned)
         for choice in choices:
+            if choice.layers not in groups:
+                continue
             group = groups[choice.layers]
             before, after = self._dense.of(group), times.of(group)
             if before > 0 and after > 0:
                 self._timings.add(Place(self._kinds[group.names], choice.decomposition), choice.rank, after / before)
         return ratio
 
-    def _kernels(self, group: Group, chain: Chain) -> list[np.ndarray]:
+    def _kernels(self, layer: Layer, chain: Chain) -> list[np.ndarray]:
         """Random kernels of a chain that leaves activations about as large as the layer does: tiny ones would be slow."""
-        weight = group.layers[0].read_weight()
+        weight = layer.read_weight()
         gain = float(np.linalg.norm(weight.astype(np.float32).ravel())) / math.sqrt(max(len(weight), 1))
         shapes = [stage.spec.weight_shape for stage in chain]
         kernels = [self._rng.standard_normal(s, dtype=np.float32) / math.sqrt(math.prod(s[1:])) for s in shapes]
@@ -265,7 +279,7 @@ class LatencyTable:
     def _waiting(self, candidates: Sequence[Sequence[Candidate]]) -> dict[str, list[tuple[str, Rank]]]:
         """For each kind of layer, what is to be measured: of every method the middle first, then the ends, then between."""
         waiting: dict[str, list[tuple[str, Rank]]] = {}
-        for group, members in zip(self._subject.groups, candidates, strict=True):
+        for group, members in zip(self._subject.groups, candidates, strict=False):
             kind = self._kinds[group.names]
             if kind in waiting or self._dense.of(group) <= 0:
                 continue

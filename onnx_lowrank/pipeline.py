@@ -87,6 +87,8 @@ class Inspection:
     layers: tuple[LayerView, ...]
     skips: tuple[Skip, ...]
     notes: tuple[str, ...]
+    sections: tuple[tuple[str, ...], ...] = ()
+    """Layers that repeat, and may share a factor of their kernels (``joint_*``)."""
 
 
 def analyze(model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any) -> Plan:
@@ -208,7 +210,7 @@ def inspect(
     config = _configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
     views = []
-    for group, candidates in zip(planner.subject.groups, planner.candidates(), strict=True):
+    for group, candidates in zip(planner.subject.groups, planner.candidates(), strict=False):
         dense = group.dense.cost
         small = [c for c in candidates if 2 * c.cost.macs <= dense.macs and 2 * c.cost.params <= dense.params]
         half = min(small, key=lambda c: c.error, default=None)
@@ -216,7 +218,8 @@ def inspect(
             LayerView(layer.name, layer.op_type, layer.spec.weight_shape, layer.macs, layer.spec.params, half)
             for layer in group.layers
         ]
-    return Inspection(planner.subject.cost, tuple(views), planner.skips(), planner.subject.notes)
+    repeated = tuple(tuple(layer.name for layer in section.layers) for section in planner.subject.sections)
+    return Inspection(planner.subject.cost, tuple(views), planner.skips(), planner.subject.notes, repeated)
 
 
 def providers() -> tuple[tuple[str, str], ...]:

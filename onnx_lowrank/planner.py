@@ -8,23 +8,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 from onnx_lowrank.budgets import BUDGET_SOLVERS, find_solver
 from onnx_lowrank.budgets.enc import TOP, combined
-from onnx_lowrank.budgets.knapsack import OutOfReach
+from onnx_lowrank.budgets.knapsack import OutOfReach, cheapest
 from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length
 from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded, pareto
 from onnx_lowrank.config import MEASURED, METHODS, Config
-from onnx_lowrank.decompositions import find_decomposition
+from onnx_lowrank.decompositions import find_decomposition, is_joint
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.parallel import run_all
 from onnx_lowrank.ranks import parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
-from onnx_lowrank.sensitivity import agreeing, measured
+from onnx_lowrank.sensitivity import agreeing, interpolated, measured
 from onnx_lowrank.subject import Subject, open_config_data
 from onnx_lowrank.types import Budget, Candidate, Cost, Layer, LayerStatistics, Metric, Plan, Progress, Skip
 
@@ -125,18 +125,41 @@ class Planner:
                     levels=damage in ("energy", "accuracy", "combined"),
                 ),
                 [
-                    partial(_task, group, self._methods(index, group), seen.get(group.names[0]))
-                    for index, group in enumerate(self.subject.groups)
+                    partial(
+                        _task, group, self._methods(index, group), None if group.joint else seen.get(group.names[0])
+                    )
+                    for index, group in enumerate((*self.subject.groups, *self.joint))
                 ],
             )
-            self._candidates = [candidates for candidates, _ in made]
+            single = len(self.subject.groups)
+            alone = [candidates for candidates, _ in made[:single]]
+            together = [candidates[1:] for candidates, _ in made[single:] if len(candidates) > 1]
+            self._candidates = [*alone, *together]
             if damage == "output" and self.fits:
                 self._unmeasured = self._candidates
-                self._candidates = self._on_samples(partial(measured, statistics=seen))
+                seen_alone = self._on_samples(alone, partial(measured, statistics=seen))
+                self._candidates = [*seen_alone, *(_as_measured(group, alone, seen_alone) for group in together)]
             elif damage in ("accuracy", "combined"):
-                self._by_accuracy = self._on_samples(agreeing)
-            self._refused = tuple(skip for _, skip in made if skip)
+                self._by_accuracy = self._on_samples(alone, agreeing)
+            self._refused = tuple(skip for _, skip in made[:single] if skip)
         return self._candidates
+
+    @cached_property
+    def joint(self) -> tuple[Group, ...]:
+        """Layers that repeat, as groups to decompose together, where a method for that is asked for.
+
+        Of a section whose layers differ in their input channels, those of the commonest number make a group too.
+        """
+        if not any(is_joint(name) for name in self.config.methods):
+            return ()
+        groups = []
+        for section in self.subject.sections:
+            inputs = [layer.spec.weight_shape[1] for layer in section.layers]
+            common = max(set(inputs), key=lambda n: (inputs.count(n), n))
+            alike = tuple(x for x, n in zip(section.layers, inputs, strict=True) if n == common)
+            groups += [Group(section.layers, joint=True)]
+            groups += [Group(alike, joint=True)] if 1 < len(alike) < len(inputs) else []
+        return tuple(groups)
 
     @property
     def fits(self) -> bool:
@@ -148,14 +171,16 @@ class Planner:
         feeds = self.calibration() or []
         return held_apart(feeds)[1] if self.fits else feeds
 
-    def _on_samples(self, measure: Callable[..., list[tuple[Candidate, ...]]]) -> list[tuple[Candidate, ...]]:
+    def _on_samples(
+        self, candidates: Sequence[tuple[Candidate, ...]], measure: Callable[..., list[tuple[Candidate, ...]]]
+    ) -> list[tuple[Candidate, ...]]:
         """Candidates with what a measurement on the model itself makes of their errors."""
         with self.stage("sensitivity"):
             return measure(
                 self.subject.model,
                 self.subject.found,
                 self.subject.groups,
-                self._candidates,
+                candidates,
                 feeds=self.apart(),
                 seed=self.config.seed,
                 jobs=self.config.workers,
@@ -167,7 +192,7 @@ class Planner:
         if self.policy.methods is not None:
             return self.policy.methods(index, group)
         methods, spec = self.config.methods, group.layers[0].spec
-        if methods != METHODS:
+        if group.joint or methods != METHODS:
             return methods
         if self.config.calibrate is not None:
             return methods if patch_length(spec) <= QUICK_PATCH else CLOSED_FORM
@@ -192,12 +217,12 @@ class Planner:
     def _for_each_group(
         self, function: Callable[[Task], Outcome], tasks: Sequence[Callable[[], Task]]
     ) -> list[Outcome]:
-        groups = self.subject.groups
+        groups = (*self.subject.groups, *self.joint)[: len(tasks)]
         with self.stage("analyze"):
             return run_all(
                 function,
                 tasks,
-                [group.layers[0].spec.params for group in groups],
+                [group.dense.cost.params for group in groups],
                 jobs=self.config.workers,
                 progress=self.progress,
                 stage="analyze",
@@ -227,14 +252,11 @@ class Planner:
         """A plan of `choices`, one for each group."""
         rest, whole = self._costs()
         refused = {skip.layer for skip in self.skips()}
+        kept = {name for choice in choices if choice.dense for name in choice.layers}
         changed = any(not choice.dense for choice in choices)
         why = "kept dense by the plan: other layers save as much at less error" if changed else "no layer is changed"
-        spared = tuple(
-            Skip(name, layer.op_type, why)
-            for group, choice in zip(self.subject.groups, choices, strict=True)
-            for name, layer in zip(group.names, group.layers, strict=True)
-            if choice.dense and name not in refused
-        )
+        layers = [layer for group in self.subject.groups for layer in group.layers]
+        spared = tuple(Skip(x.name, x.op_type, why) for x in layers if x.name in kept and (x.name not in refused))
         return Plan(tuple(choices), self.skips() + spared, rest, whole, self.subject.notes + notes)
 
     def _dense(self) -> list[Candidate]:
@@ -246,6 +268,13 @@ class Planner:
         """Cost of what no group covers, and of the whole model."""
         whole = self._table.original if self._table else self.subject.cost
         return whole - sum((choice.cost for choice in self._dense()), Cost(0, 0)), whole
+
+    @property
+    def _new_biases(self) -> int:
+        """Parameters that layers without a bias may come to have more: a correction of their mean gives them one."""
+        layers = [layer for group in self.subject.groups for layer in group.layers]
+        bare = [layer for layer in layers if not layer.bias and layer.op_type != "MatMul"]
+        return 0 if self.policy.plain else sum(layer.spec.out_channels for layer in bare)
 
     def dense(self, *notes: str) -> Plan:
         """The plan that changes nothing."""
@@ -262,9 +291,8 @@ class Planner:
         if self._table is None and not self._latency_notes and self.config.needs_latency:
             candidates = self.candidates()
             with self.stage("latency"):
-                table = LatencyTable(
-                    self.subject, self.config, self.subject.feeds(self.config.batch_size), self.progress
-                )
+                feeds = self.subject.feeds(self.config.batch_size)
+                table = LatencyTable(self.subject, self.config, feeds, self.progress)
                 if table.usable:
                     table.fill(candidates)
                     self._table = table
@@ -309,14 +337,17 @@ class Planner:
     def _plans(self, candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget]) -> list[Plan]:
         """What the solver makes of the candidates that are worth something by the metrics of `budgets`, the best first."""
         with self.stage("allocate"):
+            rest, whole = self._costs()
+            if any(budget.metric == "params" for budget in budgets):
+                rest += Cost(0, self._new_biases)
             views = [candidates] if self._by_accuracy is None else [candidates, self._by_accuracy]
             priced = [self._table.priced(view) if self._table else view for view in views]
             if self.config.damage == "combined":
                 count = TOP if self.config.solver == "enc_inf" else 1
-                picked = combined(priced[0], priced[1], budgets, *self._costs(), count)
+                picked = combined(priced[0], priced[1], budgets, rest, whole, count)
             else:
                 worth = [_worth(group, budgets) for group in priced[-1]]
-                picked = self._solver(worth, budgets, *self._costs())
+                picked = self._solver(worth, budgets, rest, whole)
             plans = [self.plan(choices, *self._latency_notes) for choices in picked]
             return [replace(plan, candidates=tuple(map(tuple, priced[-1]))) for plan in plans]
 
@@ -342,14 +373,15 @@ class Planner:
     def smallest(self, metric: Metric, *notes: str) -> Plan:
         """The plan that goes as far down in `metric` as the candidates allow."""
         candidates = self._table.priced(self.candidates()) if self._table else self.candidates()
-        return self.plan([min(group, key=lambda c: c.cost.of(metric)) for group in candidates], *notes)
+        return self.plan(cheapest(candidates, metric), *notes)
 
     def estimated(self) -> Plan:
         """The plan that a rank estimator makes, in the place of an allocation."""
         estimator = parse_estimator(self.config.rank or "vbmf")
         block = self.config.align or block_size()
+        alone = tuple(name for name in self.config.methods if not is_joint(name))
         made = self._for_each_group(
-            partial(estimated_candidate, methods=self.config.methods, estimator=estimator, block=block),
+            partial(estimated_candidate, methods=alone, estimator=estimator, block=block),
             [partial(loaded, group) for group in self.subject.groups],
         )
         self._refused = tuple(item for item in made if isinstance(item, Skip))
@@ -401,10 +433,31 @@ def _alive(layer: Layer) -> int:
 
 def _worth(candidates: Sequence[Candidate], budgets: Sequence[Budget]) -> list[Candidate]:
     """Candidates that none beats; where time counts, none that takes as long as the layer itself."""
-    dense = candidates[0]
-    if any(budget.metric == "latency" for budget in budgets):
-        candidates = [c for c in candidates if c.dense or c.cost.latency_ms < dense.cost.latency_ms]
-    return [dense, *pareto([c for c in candidates if not c.dense])]
+    dense = [c for c in candidates if c.dense]
+    if dense and any(budget.metric == "latency" for budget in budgets):
+        candidates = [c for c in candidates if c.dense or c.cost.latency_ms < dense[0].cost.latency_ms]
+    return [*dense, *pareto([c for c in candidates if not c.dense])]
+
+
+def _as_measured(
+    together: Sequence[Candidate],
+    plain: Sequence[Sequence[Candidate]],
+    seen: Sequence[Sequence[Candidate]],
+) -> tuple[Candidate, ...]:
+    """Candidates over several layers, with the damages that errors of this size do in each of them alone."""
+    points = {
+        before[0].layers[0]: [(b.error, a.error) for b, a in zip(before, after, strict=True) if not b.dense]
+        for before, after in zip(plain, seen, strict=True)
+    }
+    return tuple(
+        replace(
+            c,
+            error=math.fsum(
+                interpolated(points[name], c.error / len(c.layers)) if points[name] else c.error for name in c.layers
+            ),
+        )
+        for c in together
+    )
 
 
 def _table_notes(table: LatencyTable, config: Config) -> tuple[str, ...]:

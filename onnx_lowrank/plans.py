@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lowrank.candidates import Group, price
+from onnx_lowrank.decompositions import DECOMPOSITIONS, is_joint
 from onnx_lowrank.types import DENSE, Candidate, LowRankError, Plan
 
 FORMAT = 1
@@ -19,6 +20,7 @@ FORMAT = 1
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
     """`plan` as JSON holds it."""
+    chosen = {(choice.layers, choice.decomposition, choice.rank) for choice in plan.choices}
     return {
         "format": FORMAT,
         "original": plan.original.__dict__,
@@ -26,10 +28,12 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "choices": [{"layers": list(choice.layers), **_candidate(choice)} for choice in plan.choices],
         "sensitivity": [
             {
-                "layers": list(choice.layers),
-                "candidates": [_candidate(c) | {"chosen": _same(c, choice)} for c in candidates],
+                "layers": list(candidates[0].layers),
+                "candidates": [
+                    _candidate(c) | {"chosen": (c.layers, c.decomposition, c.rank) in chosen} for c in candidates
+                ],
             }
-            for choice, candidates in zip(plan.choices, plan.candidates, strict=bool(plan.candidates))
+            for candidates in plan.candidates
         ],
         "skips": [skip.__dict__ for skip in plan.skips],
         "notes": list(plan.notes),
@@ -45,10 +49,6 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "latency_ms": candidate.cost.latency_ms,
         "error": candidate.error,
     }
-
-
-def _same(one: Candidate, other: Candidate) -> bool:
-    return (one.decomposition, one.rank) == (other.decomposition, other.rank)
 
 
 def read_plan(source: str | Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def read_choices(data: Mapping[str, Any], groups: Sequence[Group]) -> tuple[Cand
         Where it names a layer that the model does not have, one twice, or a rank that a layer cannot have.
     """
     by_layer = {name: group for group in groups for name in group.names}
-    chosen: dict[tuple[str, ...], Candidate] = {}
+    chosen: dict[str, Candidate] = {}
     for number, entry in enumerate(data["choices"]):
         where = f"choice {number} of the plan"
         try:
@@ -96,14 +96,27 @@ def read_choices(data: Mapping[str, Any], groups: Sequence[Group]) -> tuple[Cand
                 f"{where} names layer '{(unknown or [''])[0]}', which the model does not have: see inspect"
             )
         group = by_layer[names[0]]
-        if set(names) != set(group.names):
+        if method in DECOMPOSITIONS and is_joint(method):
+            group = _together(where, names, by_layer)
+        elif set(names) != set(group.names):
             raise LowRankError(
                 f"{where} names {', '.join(names)}: these layers share a kernel and are decided together: {', '.join(group.names)}"
             )
-        if group.names in chosen:
-            raise LowRankError(f"{where} decides layer '{names[0]}' a second time: once was expected")
-        chosen[group.names] = group.dense if method == DENSE else price(group, method, rank, error)
-    return tuple(chosen.get(group.names, group.dense) for group in groups)
+        twice = [name for name in group.names if name in chosen]
+        if twice:
+            raise LowRankError(f"{where} decides layer '{twice[0]}' a second time: once was expected")
+        choice = group.dense if method == DENSE else price(group, method, rank, error)
+        chosen |= dict.fromkeys(group.names, choice)
+    each = [chosen.get(name, group.dense) for group in groups for name in group.names]
+    return tuple(dict.fromkeys(each))
+
+
+def _together(where: str, names: Sequence[str], by_layer: Mapping[str, Group]) -> Group:
+    """Layers that are decomposed at once, each with a kernel of its own."""
+    tied = [name for name in names if len(by_layer[name].layers) > 1]
+    if tied:
+        raise LowRankError(f"{where} joins layer '{tied[0]}', which shares its kernel already: leave it out")
+    return Group(tuple(by_layer[name].layers[0] for name in names), joint=len(names) > 1)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -30,7 +30,7 @@ from onnx_lowrank.calibrate import (
     run_segment,
     sample,
 )
-from onnx_lowrank.decompositions import find_decomposition, lift
+from onnx_lowrank.decompositions import find_decomposition, is_joint, lift
 from onnx_lowrank.decompositions.weighted import solve_spd
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
@@ -90,7 +90,7 @@ def refit(
         seen = _Seen(model, cut, choice, original, compressed, rng)
         if choice.layers in made or not _fits(choice, cut):
             if choice.layers not in made:
-                made[choice.layers] = _plain(choice, cut, rng).stored(cut.layer.dtype)
+                made[choice.layers] = _plain(choice, cut, found, rng).stored(cut.layer.dtype)
             shift = seen.run(made[choice.layers], seen.targets())
         else:
             made[choice.layers], shift = _fitted(seen, rng)
@@ -109,10 +109,14 @@ def _fits(choice: Candidate, cut: Cut) -> bool:
     return len(choice.layers) == 1 and has_moment(cut.layer.spec)
 
 
-def _plain(choice: Candidate, cut: Cut, rng: np.random.Generator) -> Factorization:
-    """The factorization by the weights alone."""
-    decomposition = find_decomposition(choice.decomposition)
-    return lift.factorize(decomposition, [cut.layer.spec], [cut.layer.read_weight()], choice.rank, rng=rng)
+def _plain(choice: Candidate, cut: Cut, found: Found, rng: np.random.Generator) -> Factorization:
+    """The factorization by the weights alone: of the layer, or of all that are decomposed together."""
+    decomposition, layers = find_decomposition(choice.decomposition), [cut.layer]
+    if is_joint(choice.decomposition):
+        by_name = {layer.name: layer for layer in found.layers}
+        layers = [by_name[name] for name in choice.layers]
+    weights = [layer.read_weight() for layer in layers]
+    return lift.factorize(decomposition, [layer.spec for layer in layers], weights, choice.rank, rng=rng)
 
 
 def _fitted(seen: _Seen, rng: np.random.Generator) -> tuple[Factorization, np.ndarray]:
@@ -218,8 +222,9 @@ class _Seen:
 
     def put(self, made: Factorization, shift: np.ndarray | None = None) -> None:
         """Run the chain on the compressed network as it is, with its output shifted."""
-        chain = self.choice.chains[self.choice.layers.index(self.cut.layer.name)]
-        run_segment(island_of(self._model, self.cut, chain, made.kernels[0]), self._compressed)
+        index = self.choice.layers.index(self.cut.layer.name)
+        island = island_of(self._model, self.cut, self.choice.chains[index], made.of(index))
+        run_segment(island, self._compressed)
         if shift is not None:
             self._compressed.shift(self.cut, shift)
 

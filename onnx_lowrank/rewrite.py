@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.splice import Replacement, splice
 from onnx_lowrank.parallel import run_all
 from onnx_lowrank.refit import refit
-from onnx_lowrank.types import Candidate, Factorization, LowRankError, Plan, Progress
+from onnx_lowrank.types import Candidate, Chain, Factorization, LowRankError, Plan, Progress
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ def rewrite(
     LowRankError
         Where a layer cannot be factorised or written; its name, decomposition and rank are in the message.
     """
-    by_names = {group.names: group for group in groups}
-    work = [(by_names[c.layers], c) for c in plan.choices if not c.dense]
+    work = [(_group_of(c, groups), c) for c in plan.choices if not c.dense]
     choices = [choice for _, choice in work]
     biases: dict[str, np.ndarray] = {}
     if feeds:  # each fit depends on those before it: nothing can be kept from another plan
@@ -89,7 +89,7 @@ def rewrite(
             kernels = factorization.of(index)
             bias = factorization.biases[index] if factorization.biases else biases.get(layer.name)
             replacements.append(Replacement(layer.name, choice.decomposition, choice.rank, chain, kernels, bias))
-            reports.append((layer, chain, choice, factorization, index == 0))
+            reports.append((group, layer, chain, choice, factorization, index == 0))
     result, nodes = splice(model, found, replacements)
     return result, tuple(
         LayerReport(
@@ -99,15 +99,33 @@ def rewrite(
             choice.rank,
             layer.macs,
             chain_macs(chain, layer),
-            layer.spec.params if first else 0,  # a kernel that several layers share is stored, and counted, once
-            choice.cost.params if first else 0,
+            layer.spec.params if first or group.joint else 0,  # a kernel that several layers read is counted once
+            _stored_by(choice, chain, first=first),
             factorization.relative_error,
             factorization.converged,
             factorization.next_step,
             nodes[layer.name],
         )
-        for layer, chain, choice, factorization, first in reports
+        for group, layer, chain, choice, factorization, first in reports
     )
+
+
+def _group_of(choice: Candidate, groups: Sequence[Group]) -> Group:
+    """The layers of a choice: a group of the plan, or several taken together."""
+    by_layer = {name: group for group in groups for name in group.names}
+    group = by_layer[choice.layers[0]]
+    if group.names == choice.layers:
+        return group
+    return Group(tuple(by_layer[name].layers[0] for name in choice.layers), joint=True)
+
+
+def _stored_by(choice: Candidate, chain: Chain, *, first: bool) -> int:
+    """Parameters of a layer's chain: what it shares with others counts for the first of them."""
+    own = sum(math.prod(shape) for stage in chain for tag, shape in stage.pieces if not tag)
+    others = sum(
+        math.prod(shape) for each in choice.chains[1:] for stage in each for tag, shape in stage.pieces if not tag
+    )
+    return choice.cost.params - others if first else own
 
 
 def _by_weights(
@@ -137,11 +155,14 @@ def _task(group: Group, choice: Candidate, seed: int) -> tuple[Group, Candidate,
 def _factorize(task: tuple[Group, Candidate, int]) -> Factorization:
     group, choice, seed = task
     layer = group.layers[0]
+    members = group.layers if group.joint else group.layers[:1]
     # a stream of its own for each layer: the result does not depend on the order or on what else is decomposed
     rng = np.random.default_rng([seed, zlib.crc32(layer.name.encode())])
     decomposition = find_decomposition(choice.decomposition)
     try:
-        made = lift.factorize(decomposition, [layer.spec], [layer.read_weight()], choice.rank, rng=rng)
+        made = lift.factorize(
+            decomposition, [x.spec for x in members], [x.read_weight() for x in members], choice.rank, rng=rng
+        )
     except (np.linalg.LinAlgError, ValueError) as error:
         raise LowRankError(
             f"layer '{layer.name}', {choice.decomposition} of rank {show_rank(choice.rank)}: {error}"

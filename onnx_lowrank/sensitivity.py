@@ -129,7 +129,7 @@ def agreeing(
         stage="analyze",
     )
     names = sorted({name for probe in probes for name in probe.layers})
-    bench = _Bench(model, found, names, _few(feeds, len(probes)))
+    bench = _Bench(model, found, names, feeds)  # all of them: what few samples do not show counts as free of charge
     points: dict[tuple[tuple[str, ...], str], dict[float, float]] = {}
     for number, (probe, factorization) in enumerate(zip(probes, made, strict=True), 1):
         measured_at = points.setdefault((probe.layers, probe.decomposition), {1.0: 1.0})

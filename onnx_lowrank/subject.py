@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,11 @@ from onnx_lowrank.data import Dataset, open_data
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
 from onnx_lowrank.graph.find import Found, find_layers, model_cost, sized_tensors
 from onnx_lowrank.graph.model import Model, load, serialize
+from onnx_lowrank.graph.sections import Section, sections
 from onnx_lowrank.graph.shapes import Shapes, infer, model_inputs, sample_shapes, with_outputs
 from onnx_lowrank.integrations import to_proto
 from onnx_lowrank.runtime import RunSettings, Session, tensor_shapes
-from onnx_lowrank.types import Cost, InputSpec, LowRankError, Skip
+from onnx_lowrank.types import Cost, InputSpec, Layer, LowRankError, Skip
 from onnx_lowrank.verify import Feeds, first_feeds, random_feeds
 
 
@@ -37,6 +39,8 @@ class Subject:
         Layers and skips.
     groups
         Layers that may be changed, in groups.
+    sections
+        Layers of those that repeat, and may come to share a factor.
     skips
         Those of `found`, and the layers that the user excludes.
     cost
@@ -50,6 +54,7 @@ class Subject:
     sample_shapes: Shapes
     found: Found
     groups: tuple[Group, ...]
+    sections: tuple[Section, ...]
     skips: tuple[Skip, ...]
     cost: Cost
     notes: tuple[str, ...]
@@ -102,7 +107,24 @@ def open_subject(source: Any, config: Config) -> Subject:
         notes += (
             f"the MACs of {len(unknown)} node(s) are not counted, their sizes are unknown: {', '.join(unknown[:3])}",
         )
-    return Subject(model, inputs, sizes, found, group_layers(chosen), found.skips + left, cost, notes)
+    groups = group_layers(chosen)
+    alone = [group.layers[0] for group in groups if len(group.layers) == 1 and not group.layers[0].weight_kept]
+    repeated = _named_sections(alone, config) if config.group else sections(model, found, alone)
+    return Subject(model, inputs, sizes, found, groups, tuple(repeated), found.skips + left, cost, notes)
+
+
+def _named_sections(layers: Sequence[Layer], config: Config) -> list[Section]:
+    """The sections that the user names, each by a pattern of its layers' names."""
+    named = []
+    for name, pattern in config.group.items():
+        members = tuple(layer for layer in layers if fnmatch.fnmatchcase(layer.name, pattern))
+        if len(members) < 2:
+            raise LowRankError(
+                f"group {name}={pattern} names {len(members)} layer(s) with a kernel of its own: two and more were expected, "
+                f"see inspect"
+            )
+        named.append(Section(members, shortcut=False))
+    return named
 
 
 def open_config_data(which: str, inputs: tuple[InputSpec, ...], config: Config) -> Dataset | None:

@@ -211,11 +211,48 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True)
+class Part:
+    """So many `ranks` of a kernel along `axis`, stored by themselves; once for several layers where `shared` is a tag."""
+
+    ranks: int
+    shared: str | None
+    axis: int
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One convolution of a chain. `shared` tags a kernel that is stored once for several layers."""
+    """One convolution of a chain.
+
+    Parameters
+    ----------
+    spec
+        The convolution.
+    shared
+        Tags a kernel that is stored once for several layers.
+    parts
+        What the kernel is joined from, where it is not stored whole.
+    """
 
     spec: ConvSpec
     shared: str | None = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[tuple[str | None, tuple[int, ...]], ...]:
+        """Tag and shape of each kernel that is stored."""
+        if not self.parts:
+            return ((self.shared, self.spec.weight_shape),)
+        shapes = []
+        for part in self.parts:
+            shape = list(self.spec.weight_shape)
+            shape[part.axis] = part.ranks
+            shapes.append((part.shared, tuple(shape)))
+        return tuple(shapes)
+
+    def tagged(self, prefix: str) -> Stage:
+        """The same with tags of its own: `prefix` before each."""
+        parts = tuple(replace(part, shared=part.shared and f"{prefix}_{part.shared}") for part in self.parts)
+        return Stage(self.spec, self.shared and f"{prefix}_{self.shared}", parts)
 
 
 Chain = tuple[Stage, ...]

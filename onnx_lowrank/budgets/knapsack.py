@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -35,7 +36,7 @@ def knapsack(
     Parameters
     ----------
     candidates
-        For each group, what it could become.
+        For each group, what it could become; every layer is in one of the chosen candidates.
     budgets
         On ``macs``, ``params`` or ``latency``; all hold together.
     rest, original
@@ -126,19 +127,18 @@ def _solve(
     Choices are given and returned by their places in the list of all candidates; those in `without` are left out.
     """
     flat = [c for group in candidates for c in group]
-    owner = np.repeat(np.arange(len(candidates)), [len(group) for group in candidates])
-    one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(candidates), len(flat)))
-    constraints = [LinearConstraint(one_each, 1, 1)]
+    constraints = [LinearConstraint(_each_layer_once(flat), 1, 1)]
     for number, (budget, limit) in enumerate(zip(budgets, limits, strict=True)):
         used = np.array([c.cost.of(budget.metric) for c in flat], dtype=float)
         # in units of the limit, so that the solver's absolute tolerances mean the same for every budget
         unit = limit if limit > 0 else 1.0
         constraints.append(LinearConstraint(used[None] / unit, -np.inf if number else least / unit, limit / unit))
     if without:
+        counts = np.array([len(picked) for picked in without])
         places = np.concatenate([np.asarray(picked) for picked in without])
-        rows = np.repeat(np.arange(len(without)), len(candidates))
+        rows = np.repeat(np.arange(len(without)), counts)
         taken = csr_array((np.ones(len(places)), (rows, places)), shape=(len(without), len(flat)))
-        constraints.append(LinearConstraint(taken, -np.inf, len(candidates) - 1))
+        constraints.append(LinearConstraint(taken, -np.inf, counts - 1))
     errors = np.array([c.error for c in flat])
     with _silent():
         result = milp(
@@ -154,6 +154,14 @@ def _solve(
     if result.x is None:
         raise LowRankError(f"no plan was found within {SECONDS:.0f} s ({result.message}): loosen a budget")
     return [int(i) for i in np.flatnonzero(result.x > 0.5)]
+
+
+def _each_layer_once(flat: Sequence[Candidate]) -> csr_array:
+    """For each layer, which candidates decide it: (layers, candidates)."""
+    rows: dict[str, int] = {}
+    places = [(rows.setdefault(name, len(rows)), column) for column, c in enumerate(flat) for name in c.layers]
+    row, column = np.array(places).T
+    return csr_array((np.ones(len(places)), (row, column)), shape=(len(rows), len(flat)))
 
 
 def _tighter(limit: float) -> float:
@@ -193,6 +201,18 @@ def _silent() -> Iterator[None]:
         os.close(nowhere)
 
 
+def cheapest(candidates: Sequence[Sequence[Candidate]], metric: str) -> tuple[Candidate, ...]:
+    """The choice that goes as far down in `metric` as the candidates allow."""
+    if len({name for group in candidates for c in group for name in c.layers}) == sum(
+        len(group[0].layers) for group in candidates
+    ):
+        return tuple(min(group, key=lambda c: c.cost.of(metric)) for group in candidates)
+    # some are over several groups: the least of them all is an allocation of its own, by cost in the place of damage
+    view = [[replace(c, error=float(c.cost.of(metric))) for c in group] for group in candidates]
+    flat = [c for group in candidates for c in group]
+    return tuple(flat[i] for i in _solve(view, [], [], -math.inf, []))
+
+
 def _check_reach(
     candidates: Sequence[Sequence[Candidate]],
     budgets: Sequence[Budget],
@@ -203,7 +223,7 @@ def _check_reach(
     """See that each budget can be met, by itself."""
     for budget, limit in zip(budgets, limits, strict=True):
         metric = budget.metric
-        least = _used([min(group, key=lambda c: c.cost.of(metric)) for group in candidates], metric)
+        least = _used(cheapest(candidates, metric), metric)
         if least > limit:
             share = (least + rest.of(metric)) / (original.of(metric) or 1)
             raise OutOfReach(

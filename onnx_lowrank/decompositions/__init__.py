@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onnx_lowrank.decompositions.channel_svd import SVD, ChannelSVD, ChannelSVDIn
 from onnx_lowrank.decompositions.cp import CP3, CP4
+from onnx_lowrank.decompositions.joint_svd import JointBoth, JointLeft, JointRight, JointSVD
 from onnx_lowrank.decompositions.separable import Separable
 from onnx_lowrank.decompositions.spatial_svd import SpatialSVD
 from onnx_lowrank.decompositions.tucker2 import Tucker2
@@ -20,10 +21,18 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
         CP3(),
         CP4(),
         Separable(),
+        JointLeft(),
+        JointRight(),
+        JointBoth(),
     )
 }
 
-__all__ = ["DECOMPOSITIONS", "find_decomposition"]
+__all__ = ["DECOMPOSITIONS", "find_decomposition", "is_joint"]
+
+
+def is_joint(name: str) -> bool:
+    """Whether a member decomposes several layers at once."""
+    return isinstance(find_decomposition(name), JointSVD)
 
 
 def find_decomposition(name: str) -> Decomposition:

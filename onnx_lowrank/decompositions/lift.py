@@ -38,6 +38,8 @@ def plain(spec: ConvSpec) -> ConvSpec:
 
 def refuses(decomposition: Decomposition, specs: Sequence[ConvSpec]) -> str | None:
     """Why layers cannot be decomposed this way; None where they can."""
+    if len(specs) > 1 and any(spec.group > 1 or spec.transposed for spec in specs):
+        return "layers with groups and transposed ones are not joined"
     if specs[0].depthwise:
         return "depthwise: no channel is mixed with another, so there is nothing to factorise"
     return decomposition.refuses([plain(spec) for spec in specs])
@@ -164,10 +166,13 @@ def _energy(weights: Sequence[np.ndarray], statistics: Sequence[LayerStatistics]
 
 
 def _lift_chain(spec: ConvSpec, chain: Chain) -> Chain:
-    lifted = [Stage(_with_groups(stage.spec, spec.group), stage.shared) for stage in chain]
+    if spec.group == 1 and not spec.transposed:
+        return chain
+    # one layer by itself: nothing of it is shared or joined from parts
+    lifted = [Stage(_with_groups(stage.spec, spec.group)) for stage in chain]
     if not spec.transposed:
         return tuple(lifted)
-    return tuple(Stage(_adjoint(stage.spec), stage.shared) for stage in reversed(lifted))
+    return tuple(Stage(_adjoint(stage.spec)) for stage in reversed(lifted))
 
 
 def _with_groups(spec: ConvSpec, group: int) -> ConvSpec:

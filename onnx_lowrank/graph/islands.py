@@ -6,8 +6,8 @@ loses metadata, annotations and sparse tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 
 from onnx_lowrank.graph.model import attributes
-from onnx_lowrank.types import Chain, ConvSpec, LowRankError
+from onnx_lowrank.types import Chain, ConvSpec, LowRankError, Stage
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Island:
 class Naming:
     """Names of what is new, for a chain of n stages: n kernels, n - 1 tensors and n - 1 nodes.
 
+    `parts` names what kernels are joined from, by the stage; such a kernel is a tensor that a node of its name makes.
+
     The last node keeps the name and the output of the node that it stands for, so that whatever refers to
     either still finds it.
     """
@@ -37,6 +39,7 @@ class Naming:
     kernels: tuple[str, ...]
     tensors: tuple[str, ...]
     nodes: tuple[str, ...]
+    parts: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 def build_island(
@@ -81,7 +84,9 @@ def build_island(
     for index, (stage, kernel, kernel_name, source, target, name) in enumerate(steps):
         last = index == len(steps) - 1
         add = _CONVOLUTION if stage.spec.ndim else _PRODUCTS[node.op_type]
-        add(graph, node, stage.spec, _Step(source, target, kernel, kernel_name, name, weight_input, index == 0, last))
+        joined = _joined(graph, stage, kernel, kernel_name, naming.parts[index]) if stage.parts else None
+        step = _Step(source, target, kernel, kernel_name, name, weight_input, index == 0, last, joined)
+        add(graph, node, stage.spec, step)
     graph.inputs, graph.outputs = [tensors[0]], [tensors[-1]]
     proto = gs.export_onnx(graph, do_type_check=False)
     initializers = [_cast(tensor, dtype) for tensor in proto.graph.initializer]
@@ -118,6 +123,17 @@ class _Step:
     weight_input: int
     first: bool
     last: bool
+    joined: gs.Variable | None = None
+
+
+def _joined(graph: gs.Graph, stage: Stage, kernel: np.ndarray, name: str, parts: Sequence[str]) -> gs.Variable:
+    """A kernel made of stored parts when the model is loaded: runtimes fold what follows from initializers alone."""
+    axis = stage.parts[0].axis
+    pieces = np.split(kernel, np.cumsum([part.ranks for part in stage.parts])[:-1], axis=axis)
+    constants = [gs.Constant(part, np.ascontiguousarray(piece)) for part, piece in zip(parts, pieces, strict=True)]
+    whole = gs.Variable(name)
+    graph.layer(op="Concat", name=name, inputs=constants, outputs=[whole], attrs={"axis": axis})
+    return whole
 
 
 def _stored(kernel: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -149,10 +165,11 @@ def _convolution(graph: gs.Graph, node: onnx.NodeProto, spec: ConvSpec, step: _S
         attrs["auto_pad"] = spec.auto_pad
     if any(spec.output_padding):
         attrs["output_padding"] = list(spec.output_padding)
+    kernel = step.joined or gs.Constant(step.kernel_name, np.ascontiguousarray(step.kernel))
     graph.layer(
         op="ConvTranspose" if spec.transposed else "Conv",
         name=step.name,
-        inputs=[step.source, gs.Constant(step.kernel_name, np.ascontiguousarray(step.kernel)), *_bias(node, step)],
+        inputs=[step.source, kernel, *_bias(node, step)],
         outputs=[step.target],
         attrs=attrs,
     )

@@ -173,12 +173,11 @@ def island_of(model: Model, cut: Cut, chain: Chain, kernels: Sequence[np.ndarray
     numbers = [str(i) for i in range(len(chain))]
     # names of its own: they need to differ only from the layer's input, output and bias
     stem = f"{cut.output}_lowrank"
-    naming = Naming(
-        *(
-            tuple(f"{stem}_{kind}_{i}" for i in ns)
-            for kind, ns in (("k", numbers), ("t", numbers[1:]), ("n", numbers[1:]))
-        )
+    names, tensors, nodes = (
+        tuple(f"{stem}_{kind}_{i}" for i in ns) for kind, ns in (("k", numbers), ("t", numbers[1:]), ("n", numbers[1:]))
     )
+    parts = {i: tuple(f"{stem}_p_{i}_{j}" for j in range(len(stage.parts))) for i, stage in enumerate(chain)}
+    naming = Naming(names, tensors, nodes, parts)
     node = cut.alone.proto.graph.node[-1]
     island = build_island(node, cut.weight_input, chain, kernels, cut.layer.dtype, naming, model.opset)
     proto = onnx.ModelProto()

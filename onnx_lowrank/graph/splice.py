@@ -101,18 +101,20 @@ def _names(node: onnx.NodeProto, layer: Layer, item: Replacement, shared: dict[s
         taken.add(name)
         return name
 
-    def kernel(index: int, tag: str | None) -> str:
+    def kernel(stem: str, tag: str | None) -> str:
         if tag is None:
-            return fresh(f"{layer.weight_name}_lowrank_{index}")
+            return fresh(stem)
         if tag not in shared:
             shared[tag] = fresh(f"{tag}_lowrank")
         return shared[tag]
 
     stages = range(len(item.chain))
+    own = [f"{layer.weight_name}_lowrank_{i}" for i in stages]
     return Naming(
-        tuple(kernel(i, item.chain[i].shared) for i in stages),
+        tuple(kernel(own[i], item.chain[i].shared) for i in stages),
         tuple(fresh(f"{node.output[0]}_lowrank_{i}") for i in stages[:-1]),
         tuple(fresh(f"{node.name or node.output[0]}_lowrank_{i}") for i in stages[:-1]),
+        {i: tuple(kernel(f"{own[i]}_part", part.shared) for part in item.chain[i].parts) for i in stages},
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from onnx_lowrank.bench import Attempt, Bench
 from onnx_lowrank.config import Config
 from onnx_lowrank.planner import Planner, Policy
-from onnx_lowrank.recipes import automatic_rank, default
+from onnx_lowrank.recipes import automatic_rank, default, joint_svd
 from onnx_lowrank.types import LowRankError
 
 
@@ -33,6 +33,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(default.configure, default.policy, default.search),
+    "joint_svd": Recipe(joint_svd.configure, joint_svd.policy, joint_svd.search),
     "automatic_rank": Recipe(automatic_rank.configure, automatic_rank.policy, automatic_rank.search),
 }
 

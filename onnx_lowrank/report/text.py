@@ -63,6 +63,9 @@ def render_inspection(view: Inspection) -> Iterator[Renderable]:
     yield table
     if view.layers:
         yield "[dim]error: relative error of the kernel, ||W - W~|| / ||W||, of the best decomposition at half the layer's MACs and parameters[/]"
+    if view.sections:
+        yield "layers that repeat, and may share a factor (--methods joint_left, joint_right, joint_both):"
+        yield from (f"  {escape(', '.join(section))}" for section in view.sections)
     yield from _skips(view.skips)
     yield from _notes(view.notes)
 

@@ -181,7 +181,7 @@ def test_the_table_is_keyed_by_the_members_own_names():
     assert all(name == decomposition.name for name, decomposition in DECOMPOSITIONS.items())
     assert find_decomposition("tucker2") is DECOMPOSITIONS["tucker2"]
     with pytest.raises(
-        LowRankError, match=r"no decomposition is called 'tucker': one of svd, .*separable was expected"
+        LowRankError, match=r"no decomposition is called 'tucker': one of svd, .*joint_both was expected"
     ):
         find_decomposition("tucker")
 
