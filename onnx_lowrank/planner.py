@@ -269,12 +269,20 @@ class Planner:
         whole = self._table.original if self._table else self.subject.cost
         return whole - sum((choice.cost for choice in self._dense()), Cost(0, 0)), whole
 
-    @property
-    def _new_biases(self) -> int:
-        """Parameters that layers without a bias may come to have more: a correction of their mean gives them one."""
-        layers = [layer for group in self.subject.groups for layer in group.layers]
-        bare = [layer for layer in layers if not layer.bias and layer.op_type != "MatMul"]
-        return 0 if self.policy.plain else sum(layer.spec.out_channels for layer in bare)
+    def _with_biases(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """Candidates with the biases that layers without one are given, for the correction of their mean."""
+        return tuple(
+            c if c.dense else replace(c, cost=c.cost + Cost(0, sum(self._bare.get(name, 0) for name in c.layers)))
+            for c in candidates
+        )
+
+    @cached_property
+    def _bare(self) -> dict[str, int]:
+        """Output channels of layers that may come to have a bias and have none."""
+        known = any(node.op_type == "BatchNormalization" for node in self.subject.model.graph.node)
+        corrected = self.fits or (known and not self.policy.plain)
+        layers = [layer for group in self.subject.groups for layer in group.layers] if corrected else []
+        return {x.name: x.spec.out_channels for x in layers if not x.bias and x.op_type != "MatMul"}
 
     def dense(self, *notes: str) -> Plan:
         """The plan that changes nothing."""
@@ -338,10 +346,9 @@ class Planner:
         """What the solver makes of the candidates that are worth something by the metrics of `budgets`, the best first."""
         with self.stage("allocate"):
             rest, whole = self._costs()
-            if any(budget.metric == "params" for budget in budgets):
-                rest += Cost(0, self._new_biases)
             views = [candidates] if self._by_accuracy is None else [candidates, self._by_accuracy]
             priced = [self._table.priced(view) if self._table else view for view in views]
+            priced = [[self._with_biases(group) for group in view] for view in priced]
             if self.config.damage == "combined":
                 count = TOP if self.config.solver == "enc_inf" else 1
                 picked = combined(priced[0], priced[1], budgets, rest, whole, count)
