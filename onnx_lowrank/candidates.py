@@ -192,7 +192,7 @@ def group_candidates(
     group: Group,
     methods: Sequence[str],
     block: int,
-    statistics: LayerStatistics | None = None,
+    statistics: Sequence[LayerStatistics] | None = None,
     *,
     most: int | None = None,
     levels: bool = False,
@@ -239,7 +239,7 @@ def group_candidates(
         if levels:
             errors = -np.log(energy_levels(decomposition, specs, weights, ranks))
         else:
-            errors = lift.errors(decomposition, specs, weights, ranks, None if statistics is None else [statistics])
+            errors = lift.errors(decomposition, specs, weights, ranks, statistics)
         errors = len(members) * errors  # a mean over the layers, of which each counts as it does alone
         found += pareto([_with_error(c, float(e)) for c, e in zip(cheaper, errors, strict=True)])
     if not found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -116,7 +116,7 @@ class Planner:
         """Candidates of each group of the subject, the dense one first."""
         if self._candidates is None:
             block, damage = self.config.align or block_size(), self.config.damage
-            seen = self._statistics() if self.fits and damage in ("output", "weights") else {}
+            seen = self.statistics if damage in ("output", "weights") else {}
             made = self._for_each_group(
                 partial(
                     _candidates_of,
@@ -125,9 +125,7 @@ class Planner:
                     levels=damage in ("energy", "accuracy", "combined"),
                 ),
                 [
-                    partial(
-                        _task, group, self._methods(index, group), None if group.joint else seen.get(group.names[0])
-                    )
+                    partial(_task, group, self._methods(index, group), _of_group(group, seen))
                     for index, group in enumerate((*self.subject.groups, *self.joint))
                 ],
             )
@@ -198,10 +196,11 @@ class Planner:
             return methods if patch_length(spec) <= QUICK_PATCH else CLOSED_FORM
         return methods if spec.params <= QUICK_KERNEL else tuple(name for name in methods if name != "cp3")
 
-    def _statistics(self) -> dict[str, LayerStatistics]:
-        """What the layers see, where there are samples to see it on."""
+    @cached_property
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """What the layers see, where there are samples to fit to."""
         feeds = self.calibration()
-        if feeds is None:
+        if feeds is None or not self.fits:
             return {}
         alone = [group.names[0] for group in self.subject.groups if len(group.layers) == 1]
         with self.stage("calibrate"):
@@ -411,6 +410,7 @@ class Planner:
                 progress=self.progress,
                 cache=self._cache,
                 feeds=self._fitting() if fit else None,
+                statistics=self.statistics if fit and self.joint else {},
                 correct=not self.policy.plain,
             )
 
@@ -482,10 +482,16 @@ def _table_notes(table: LatencyTable, config: Config) -> tuple[str, ...]:
     return ()
 
 
-_Task = tuple[Group, tuple[str, ...], "LayerStatistics | None"]
+def _of_group(group: Group, seen: Mapping[str, LayerStatistics]) -> list[LayerStatistics] | None:
+    """What the layers of a group see; None unless it is known of all that have a kernel of their own."""
+    names = group.names if group.joint else group.names[:1]
+    return [seen[name] for name in names] if all(name in seen for name in names) else None
 
 
-def _task(group: Group, methods: tuple[str, ...], seen: LayerStatistics | None) -> _Task:
+_Task = tuple[Group, tuple[str, ...], "Sequence[LayerStatistics] | None"]
+
+
+def _task(group: Group, methods: tuple[str, ...], seen: Sequence[LayerStatistics] | None) -> _Task:
     return loaded(group), methods, seen
 
 

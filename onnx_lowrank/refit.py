@@ -14,7 +14,7 @@ TPAMI 38, section 3.3: the asymmetric target, there for channel SVD.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -31,11 +31,12 @@ from onnx_lowrank.calibrate import (
     sample,
 )
 from onnx_lowrank.decompositions import find_decomposition, is_joint, lift
+from onnx_lowrank.decompositions.joint_svd import JointSVD, SeenKernel
 from onnx_lowrank.decompositions.weighted import solve_spd
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, cuts, island_of
-from onnx_lowrank.types import Candidate, Factorization, Progress
+from onnx_lowrank.types import Candidate, Factorization, LayerStatistics, Progress
 
 RIDGES = (1e-3, 1e-2, 1e-1, np.inf)
 """Pulls of the regression towards the original kernel, relative to the mean variance of the inputs; the last keeps it."""
@@ -56,6 +57,7 @@ def refit(
     choices: Sequence[Candidate],
     feeds: list[dict[str, np.ndarray]],
     *,
+    statistics: Mapping[str, LayerStatistics] | None = None,
     seed: int,
     progress: Progress,
 ) -> dict[tuple[str, ...], Factorization]:
@@ -69,6 +71,8 @@ def refit(
         Candidates that are not dense, in any order.
     feeds
         Samples, batch by batch.
+    statistics
+        What layers see in the original, for those that are decomposed together.
 
     Returns
     -------
@@ -88,9 +92,16 @@ def refit(
         choice = by_layer[cut.layer.name]
         rng = np.random.default_rng([seed, number])
         seen = _Seen(model, cut, choice, original, compressed, rng)
-        if choice.layers in made or not _fits(choice, cut):
-            if choice.layers not in made:
-                made[choice.layers] = _plain(choice, cut, found, rng).stored(cut.layer.dtype)
+        together = is_joint(choice.decomposition) and len(choice.layers) > 1
+        if choice.layers not in made and (together or not _fits(choice, cut)):
+            made[choice.layers] = _plain(choice, cut, found, statistics or {}, rng).stored(cut.layer.dtype)
+        if together and has_moment(cut.layer.spec):  # what is shared is fixed by now: the layer's own is fitted
+            index = choice.layers.index(cut.layer.name)
+            new, shift = _fitted(seen, rng, made[choice.layers].of(index))
+            kernels = list(made[choice.layers].kernels)
+            kernels[index] = new.kernels[0]
+            made[choice.layers] = replace(made[choice.layers], kernels=tuple(kernels))
+        elif choice.layers in made:
             shift = seen.run(made[choice.layers], seen.targets())
         else:
             made[choice.layers], shift = _fitted(seen, rng)
@@ -109,19 +120,29 @@ def _fits(choice: Candidate, cut: Cut) -> bool:
     return len(choice.layers) == 1 and has_moment(cut.layer.spec)
 
 
-def _plain(choice: Candidate, cut: Cut, found: Found, rng: np.random.Generator) -> Factorization:
-    """The factorization by the weights alone: of the layer, or of all that are decomposed together."""
+def _plain(
+    choice: Candidate, cut: Cut, found: Found, statistics: Mapping[str, LayerStatistics], rng: np.random.Generator
+) -> Factorization:
+    """The factorization of a layer by the weights alone, or of all that are decomposed together, by what they see."""
+    seen = None
     decomposition, layers = find_decomposition(choice.decomposition), [cut.layer]
     if is_joint(choice.decomposition):
         by_name = {layer.name: layer for layer in found.layers}
         layers = [by_name[name] for name in choice.layers]
+        known = all(name in statistics for name in choice.layers)
+        seen = [statistics[name] for name in choice.layers] if known else None
     weights = [layer.read_weight() for layer in layers]
-    return lift.factorize(decomposition, [layer.spec for layer in layers], weights, choice.rank, rng=rng)
+    return lift.factorize(decomposition, [layer.spec for layer in layers], weights, choice.rank, seen, rng=rng)
 
 
-def _fitted(seen: _Seen, rng: np.random.Generator) -> tuple[Factorization, np.ndarray]:
-    """The fit with the least error on the samples held out, and the shift of its bias; the activations are left with it."""
-    fit = _Fit(seen, rng)
+def _fitted(
+    seen: _Seen, rng: np.random.Generator, given: Sequence[np.ndarray] | None = None
+) -> tuple[Factorization, np.ndarray]:
+    """The fit with the least error on the samples held out, and the shift of its bias; the activations are left with it.
+
+    Of the kernels `given`, what is shared with other layers stays as it is.
+    """
+    fit = _Fit(seen, rng, given)
     targets = seen.targets()
     best = fit.round(targets)
     shift, error = seen.run(best, targets), seen.error()
@@ -256,8 +277,8 @@ def _held_out(cut: Cut, outputs: Sequence[np.ndarray], where: Sequence[np.ndarra
 class _Fit:
     """The fit of one layer's chain, in rounds."""
 
-    def __init__(self, seen: _Seen, rng: np.random.Generator) -> None:
-        self._seen, self._rng = seen, rng
+    def __init__(self, seen: _Seen, rng: np.random.Generator, given: Sequence[np.ndarray] | None = None) -> None:
+        self._seen, self._rng, self._given = seen, rng, given
         self._layer = seen.cut.layer
         self._weight = np.asarray(self._layer.read_weight(), dtype=np.float64)
         inputs = seen.inputs()
@@ -282,6 +303,8 @@ class _Fit:
             if self._ridge is None:
                 self._ridge = self._best_ridge(cross, mean, targets[held])
             kernel = self._regression(cross, self._ridge)
+            if self._given is not None:
+                return self._own(kernel, self._given)
             made = lift.factorize(
                 find_decomposition(self._seen.choice.decomposition),
                 [self._layer.spec],
@@ -295,6 +318,16 @@ class _Fit:
         *others, last = made.kernels[0]
         kernels = (*others, last / weights.reshape(-1, *(1,) * (last.ndim - 1)))
         return replace(made, kernels=(kernels,)).stored(self._layer.dtype)
+
+    def _own(self, kernel: np.ndarray, given: Sequence[np.ndarray]) -> Factorization:
+        """The kernels `given`, with what is the layer's own fitted to `kernel`."""
+        decomposition = find_decomposition(self._seen.choice.decomposition)
+        assert isinstance(decomposition, JointSVD)
+        seen = SeenKernel(kernel, self._statistics.covariance, self._seen.weights)
+        first, second = decomposition.refitted(seen, given)
+        error = float(np.sqrt(seen.error(first, second)))
+        self._given = (first, second)
+        return Factorization(((first, second),), error).stored(self._layer.dtype)
 
     def _best_ridge(self, cross: np.ndarray, mean: np.ndarray, targets: np.ndarray) -> float:
         """The ridge whose kernel, at full rank, is nearest to the targets of the samples held out."""

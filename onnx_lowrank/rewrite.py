@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.splice import Replacement, splice
 from onnx_lowrank.parallel import run_all
 from onnx_lowrank.refit import refit
-from onnx_lowrank.types import Candidate, Chain, Factorization, LowRankError, Plan, Progress
+from onnx_lowrank.types import Candidate, Chain, Factorization, LayerStatistics, LowRankError, Plan, Progress
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def rewrite(
     progress: Progress,
     cache: FactorCache | None = None,
     feeds: list[dict[str, np.ndarray]] | None = None,
+    statistics: Mapping[str, LayerStatistics] | None = None,
     correct: bool = True,
 ) -> tuple[Model, tuple[LayerReport, ...]]:
     """A copy of `model` with `plan` carried out, and what became of each layer.
@@ -76,7 +77,7 @@ def rewrite(
     choices = [choice for _, choice in work]
     biases: dict[str, np.ndarray] = {}
     if feeds:  # each fit depends on those before it: nothing can be kept from another plan
-        fitted = refit(model, found, choices, feeds, seed=seed, progress=progress)
+        fitted = refit(model, found, choices, feeds, statistics=statistics or {}, seed=seed, progress=progress)
         made = {choice: fitted[choice.layers] for choice in choices}
     else:
         made = _by_weights(work, FactorCache() if cache is None else cache, seed, jobs, progress)

@@ -157,10 +157,17 @@ def test_a_joint_plan_is_read_back_and_a_wrong_one_refused(network: onnx.ModelPr
         lr.apply(network, tmp_path / "twice.json")
 
 
-def test_with_samples_joint_layers_are_planned_by_their_damage_and_biases_follow(network: onnx.ModelProto) -> None:
-    result = lr.compress(network, budget={"params": 0.6}, methods="joint_left,spatial_svd", calibrate=[picture(64)])
-    assert result.met
-    assert np.isfinite(run(result.model, picture(2))[0]).all()
+@pytest.mark.parametrize("method", JOINT)
+def test_with_samples_own_kernels_are_fitted_and_the_shared_one_stays_one(
+    network: onnx.ModelProto, method: str
+) -> None:
+    plan = lr.analyze(network, budget={"params": 0.5}, methods=method, align=4)
+    blind = lr.apply(network, plan)
+    fitted = lr.apply(network, plan, calibrate=[picture(64)])
+    wanted = run(network, picture(8))[0]
+    errors = [np.linalg.norm(run(result.model, picture(8))[0] - wanted) for result in (blind, fitted)]
+    assert errors[1] < errors[0]
+    assert fitted.report.compressed.params == pytest.approx(blind.report.compressed.params, rel=0.01)
 
 
 def test_a_latency_budget_may_be_met_by_joint_layers(network: onnx.ModelProto) -> None:

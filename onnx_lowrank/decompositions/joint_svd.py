@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.sparse.linalg import LinearOperator, cg
 
 from onnx_lowrank.decompositions.weighted import interpolated_errors
 from onnx_lowrank.linalg import fix_signs, singular_values, squared_norm, tail_energy
@@ -27,6 +28,43 @@ LEFT, RIGHT = "left", "right"
 
 ALTERNATIONS, FEW = 30, 4
 """Of the two halves of ``joint_both``: the paper's for a result, and those that only predict."""
+
+
+ROUNDS = 8
+"""Turns between own and shared kernels in a fit to samples."""
+
+CONJUGATE_GRADIENTS = 40
+"""Iterations of each step of such a fit."""
+
+
+class SeenKernel:
+    """A kernel to be matched in the norm of what its layer sees.
+
+    Parameters
+    ----------
+    weight
+        Kernel in ONNX order.
+    moment
+        Covariance of the layer's input patches.
+    rows
+        What each output channel counts for, (O,).
+    """
+
+    def __init__(self, weight: np.ndarray, moment: np.ndarray, rows: np.ndarray | None = None) -> None:
+        self.target = np.asarray(weight, dtype=np.float64).reshape(len(weight), -1)
+        self._moment = moment
+        self._rows = np.ones(len(weight)) if rows is None else np.square(rows)
+        self.energy = float(np.sum(self.weighted(self.target) * self.target)) or 1.0
+
+    def weighted(self, kernel: np.ndarray) -> np.ndarray:
+        """``D W S`` of a kernel (O, D): the inner product with it is that of outputs."""
+        product: np.ndarray = self._rows[:, None] * (kernel @ self._moment)
+        return product
+
+    def error(self, first: np.ndarray, second: np.ndarray) -> float:
+        """Squared relative error of the output."""
+        missed = _composed(first, second).reshape(self.target.shape) - self.target
+        return max(0.0, float(np.sum(self.weighted(missed) * missed)) / self.energy)
 
 
 class JointSVD(ABC):
@@ -73,7 +111,11 @@ class JointSVD(ABC):
         ranks: Sequence[Rank],
         statistics: Sequence[LayerStatistics] | None = None,
     ) -> np.ndarray:
-        return self.errors_of(_unit(weights)[0], [rank for (rank,) in ranks])
+        picks = [rank for (rank,) in ranks]
+        if statistics is None:
+            return self.errors_of(_unit(weights)[0], picks)
+        seen = [SeenKernel(weight, stats.covariance) for weight, stats in zip(weights, statistics, strict=True)]
+        return interpolated_errors(lambda rank: self._weighted(weights, seen, rank, rounds=1)[1], picks)
 
     def estimate_rank(self, weights: Sequence[np.ndarray], estimator: Callable[[np.ndarray], int]) -> Rank:
         return (max(estimator(_matrix(weight)) for weight in weights),)
@@ -88,14 +130,58 @@ class JointSVD(ABC):
         start: Sequence[Sequence[np.ndarray]] | None = None,
         draft: bool = False,
     ) -> Factorization:
+        if statistics is not None:
+            seen = [SeenKernel(weight, stats.covariance) for weight, stats in zip(weights, statistics, strict=True)]
+            made, error = self._weighted(weights, seen, rank[0], rounds=1 if draft else ROUNDS)
+            return Factorization(tuple(made), float(np.sqrt(error)))
+        return self._plain(weights, rank[0])
+
+    def _plain(self, weights: Sequence[np.ndarray], rank: int) -> Factorization:
+        """By the kernels alone."""
         matrices, norms = _unit(weights)
-        made = self.factors(matrices, rank[0])
+        made = self.factors(matrices, rank)
         missed = [squared_norm(m - left @ right) for m, (left, right) in zip(matrices, made, strict=True)]
         kernels = tuple(
             self.with_norm(_first(right, w.shape), _second(left, w.shape), norm)
             for w, norm, (left, right) in zip(weights, norms, made, strict=True)
         )
         return Factorization(kernels, float(np.sqrt(np.mean(missed))))
+
+    def _weighted(
+        self, weights: Sequence[np.ndarray], seen: Sequence[SeenKernel], rank: int, rounds: int
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], float]:
+        """Least error of the outputs, relative in each layer: own kernels and shared ones in turn, and its mean square.
+
+        Each step is a linear least-squares problem, solved by conjugate gradients from where it stands, so that the error
+        never rises.
+        """
+        plain = self._plain(weights, rank).kernels
+        made = [self.refitted(one, kernels) for one, kernels in zip(seen, plain, strict=True)]
+        for _ in range(rounds - 1 if len(weights) > 1 else 0):
+            made = self._reshared(seen, made)
+            made = [self.refitted(one, kernels) for one, kernels in zip(seen, made, strict=True)]
+        return made, float(np.mean([one.error(*kernels) for one, kernels in zip(seen, made, strict=True)]))
+
+    def refitted(self, seen: SeenKernel, kernels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """A layer's kernels with what is its own fitted to what it sees, and what is shared as it was, bit by bit."""
+        first, second = (np.asarray(kernel, dtype=np.float64) for kernel in kernels)
+        own = [~mask for mask in self._shared(first.shape, second.shape)]
+        fitted = _least_squares([seen], [(first, second)], own)
+        return fitted[0]
+
+    def _reshared(
+        self, seen: Sequence[SeenKernel], made: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """All layers with what they share fitted to all of them."""
+        return _least_squares(seen, made, self._shared(made[0][0].shape, made[0][1].shape))
+
+    @abstractmethod
+    def shared(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which ranks of the first and of the second stage are shared."""
+
+    def _shared(self, first: tuple[int, ...], second: tuple[int, ...]) -> list[np.ndarray]:
+        rows, columns = self.shared(first[0])
+        return [rows.reshape(-1, *(1,) * (len(first) - 1)), columns.reshape(1, -1, *(1,) * (len(second) - 2))]
 
     @abstractmethod
     def with_norm(self, first: np.ndarray, second: np.ndarray, norm: float) -> tuple[np.ndarray, np.ndarray]:
@@ -130,6 +216,9 @@ class JointLeft(JointSVD):
     def factors(self, matrices: Sequence[np.ndarray], rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
         shared = _leading(sum(m.T @ m for m in matrices), rank).T
         return [(m @ shared.T, shared) for m in matrices]
+
+    def shared(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.ones(rank, bool), np.zeros(rank, bool)
 
     def with_norm(self, first: np.ndarray, second: np.ndarray, norm: float) -> tuple[np.ndarray, np.ndarray]:
         return first, second * norm
@@ -166,6 +255,9 @@ class JointRight(JointSVD):
     def factors(self, matrices: Sequence[np.ndarray], rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
         shared = _leading(sum(m @ m.T for m in matrices), rank)
         return [(shared, shared.T @ m) for m in matrices]
+
+    def shared(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(rank, bool), np.ones(rank, bool)
 
     def with_norm(self, first: np.ndarray, second: np.ndarray, norm: float) -> tuple[np.ndarray, np.ndarray]:
         return first * norm, second
@@ -249,6 +341,10 @@ class JointBoth(JointSVD):
         ]
         return joined, trace
 
+    def shared(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        left = np.arange(rank) < _halves(rank)[0]
+        return left, ~left
+
     def with_norm(self, first: np.ndarray, second: np.ndarray, norm: float) -> tuple[np.ndarray, np.ndarray]:
         left, _ = _halves(len(first))
         first, second = first.copy(), second.copy()
@@ -307,3 +403,61 @@ def _leading(moment: np.ndarray, rank: int) -> np.ndarray:
     """Eigenvectors (n, rank) of the largest eigenvalues; zeros beyond their number."""
     vectors = fix_signs(np.linalg.eigh(moment)[1][:, ::-1][:, :rank])
     return np.pad(vectors, [(0, 0), (0, rank - vectors.shape[1])])
+
+
+def _composed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The kernel (O, I, kh, kw...) that two stages make, (r, I, kh, 1...) and (O, r, 1, kw...)."""
+    rank, inner = first.shape[:2]
+    return np.einsum("rih,orw->oihw", first.reshape(rank, inner, -1), second.reshape(len(second), rank, -1))
+
+
+def _pulled(gradient: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients in two stages from that in their kernel, (O, I*kh*kw)."""
+    rank, inner = first.shape[:2]
+    taps, columns = first.reshape(rank, inner, -1), second.reshape(len(second), rank, -1)
+    cube = gradient.reshape(len(second), inner, taps.shape[2], columns.shape[2])
+    return (
+        np.einsum("oihw,orw->rih", cube, columns).reshape(first.shape),
+        np.einsum("oihw,rih->orw", cube, taps).reshape(second.shape),
+    )
+
+
+def _least_squares(
+    seen: Sequence[SeenKernel], made: Sequence[tuple[np.ndarray, np.ndarray]], free: Sequence[np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Kernels with what is `free` (masks over the first and the second stage) at the least error over all layers.
+
+    What is free is the same in all layers, and their kernel is linear in it: a free rank of one stage meets one of the
+    other that is not. Solved by conjugate gradients.
+    """
+    masks = [np.broadcast_to(mask, stage.shape) for mask, stage in zip(free, made[0], strict=True)]
+    cuts = int(masks[0].sum())
+
+    def placed(flat: np.ndarray, base: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        stages = [stage.copy() for stage in base]
+        for stage, mask, part in zip(stages, masks, (flat[:cuts], flat[cuts:]), strict=True):
+            stage[mask] = part
+        return stages[0], stages[1]
+
+    def gradient(kernels: Sequence[np.ndarray]) -> np.ndarray:
+        total = np.zeros(cuts + int(masks[1].sum()))
+        for one, (first, second), kernel in zip(seen, made, kernels, strict=True):
+            pulled = _pulled(one.weighted(kernel) / one.energy, first, second)
+            total += np.concatenate([part[mask] for part, mask in zip(pulled, masks, strict=True)])
+        return total
+
+    def linear(flat: np.ndarray) -> list[np.ndarray]:
+        """What the free part alone adds to each kernel."""
+        kernels = []
+        for first, second in made:
+            added_first, added_second = placed(flat, (np.zeros_like(first), np.zeros_like(second)))
+            kernel = _composed(added_first, np.where(masks[1], 0.0, second))
+            kernel += _composed(np.where(masks[0], 0.0, first), added_second)
+            kernels.append(kernel.reshape(len(second), -1))
+        return kernels
+
+    start = np.concatenate([stage[mask] for stage, mask in zip(made[0], masks, strict=True)])
+    missed = [one.target - _composed(*stages).reshape(one.target.shape) for one, stages in zip(seen, made, strict=True)]
+    operator = LinearOperator((len(start),) * 2, matvec=lambda flat: gradient(linear(flat)), dtype=np.float64)
+    step, _ = cg(operator, gradient(missed), maxiter=CONJUGATE_GRADIENTS, rtol=1e-8)
+    return [placed(start + step, stages) for stages in made]

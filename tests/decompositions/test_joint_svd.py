@@ -9,8 +9,8 @@ import pytest
 
 from onnx_lowrank.candidates import Group, chain_params, group_candidates, price
 from onnx_lowrank.decompositions import DECOMPOSITIONS, is_joint, lift
-from onnx_lowrank.decompositions.joint_svd import JointBoth
-from onnx_lowrank.types import ConvSpec, Layer, Stage
+from onnx_lowrank.decompositions.joint_svd import JointBoth, JointSVD, SeenKernel
+from onnx_lowrank.types import ConvSpec, Layer, LayerStatistics, Stage
 from tests.reference import effective_kernel
 
 SPEC = ConvSpec((12, 10, 3, 3), pads=(1, 1, 1, 1))
@@ -180,3 +180,58 @@ def test_joint_methods_are_tried_on_groups_of_layers_and_others_on_single_ones()
     errors = {c.rank: c.error for c in together if c.decomposition == "joint_left"}
     rank = min(errors)
     assert errors[rank] == pytest.approx(sum(misses("joint_left", random(2), rank[0])), rel=1e-5)
+
+
+def seen_by(count: int, size: int = 90) -> list[LayerStatistics]:
+    """Second moments of inputs that vary a lot in some directions and hardly in others, differently in each layer."""
+    found = []
+    for index in range(count):
+        rng = np.random.default_rng(10 + index)
+        basis = np.linalg.qr(rng.standard_normal((size, size)))[0]
+        rows = rng.standard_normal((4 * size, size)) * np.geomspace(1, 0.01, size) @ basis
+        found.append(LayerStatistics(np.zeros(size), rows.T @ rows / len(rows), len(rows)))
+    return found
+
+
+def output_errors(weights, statistics, kernels) -> list[float]:
+    return [
+        SeenKernel(weight, stats.covariance).error(*stages)
+        for weight, stats, stages in zip(weights, statistics, kernels, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_with_statistics_the_error_of_the_outputs_falls_from_turn_to_turn(name: str) -> None:
+    weights, statistics = random(3), seen_by(3)
+    member = DECOMPOSITIONS[name]
+    assert isinstance(member, JointSVD)
+    seen = [SeenKernel(w, s.covariance) for w, s in zip(weights, statistics, strict=True)]
+    plain = member.factorize(weights, (6,), rng=np.random.default_rng(0))
+    trace = [np.mean(output_errors(weights, statistics, plain.kernels))]
+    trace += [member._weighted(weights, seen, 6, rounds)[1] for rounds in (1, 2, 4, 8)]
+    assert all(after <= before + 1e-12 for before, after in pairwise(trace))
+    assert trace[1] < 0.8 * trace[0]
+    assert trace[-1] < 0.8 * trace[1]
+    made = member.factorize(weights, (6,), statistics, rng=np.random.default_rng(0))
+    assert made.relative_error**2 == pytest.approx(np.mean(output_errors(weights, statistics, made.kernels)), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_a_refit_leaves_what_is_shared_as_it_is_and_is_the_least_error_for_the_rest(name: str) -> None:
+    weights, statistics = random(2), seen_by(2)
+    member = DECOMPOSITIONS[name]
+    assert isinstance(member, JointSVD)
+    kernels = member.factorize(weights, (6,), rng=np.random.default_rng(0)).kernels[0]
+    seen = SeenKernel(weights[0], statistics[0].covariance, rows=np.linspace(0.5, 2, 12))
+    first, second = member.refitted(seen, kernels)
+    rows, columns = member.shared(6)
+    np.testing.assert_array_equal(first[rows], kernels[0][rows])
+    np.testing.assert_array_equal(second[:, columns], kernels[1][:, columns])
+    best = seen.error(first, second)
+    assert best < seen.error(*kernels)
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        moved = [first.copy(), second.copy()]
+        moved[0][~rows] += 1e-2 * rng.standard_normal(moved[0][~rows].shape)
+        moved[1][:, ~columns] += 1e-2 * rng.standard_normal(moved[1][:, ~columns].shape)
+        assert seen.error(*moved) > best - 1e-9
