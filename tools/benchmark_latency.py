@@ -1,6 +1,6 @@
 """Latency as a budget: asked, predicted and measured; and plans by latency beside plans by MACs.
 
-    python tools/benchmark_latency.py OUT [--data ../shared/data] [--models cifar10_resnet56 ...] [--ratio 0.6]
+    python -m tools.benchmark_latency OUT [--data ../shared/data] [--models cifar10_resnet56 ...] [--ratio 0.6]
 
 Kernels are those of the weights alone: time does not depend on them. The first table compresses each model to the share of
 its latency that is asked for, by the command's own way, and says what was predicted and what was measured at the end. For the

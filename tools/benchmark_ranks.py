@@ -1,6 +1,6 @@
 """Ranks under a constraint: ENC's solvers and metrics beside this tool's default, and the time of the exact knapsack.
 
-    python tools/benchmark_ranks.py [--data ../shared/data]
+    python -m tools.benchmark_ranks [--data ../shared/data]
 
 ResNet-56 on CIFAR-10 at half of the MACs. ENC's setting: spatial SVD of the weights, the first layer by channels, every rank,
 nothing fitted or fine-tuned. *Map* has no metric; *Model* takes the set of ranks of the highest metric (PCA energy; measured
