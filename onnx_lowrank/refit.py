@@ -31,7 +31,8 @@ from onnx_lowrank.calibrate import (
     sample,
 )
 from onnx_lowrank.decompositions import find_decomposition, is_joint, lift
-from onnx_lowrank.decompositions.joint_svd import JointSVD, SeenKernel
+from onnx_lowrank.decompositions.joint_fit import SeenKernel
+from onnx_lowrank.decompositions.joint_svd import JointSVD
 from onnx_lowrank.decompositions.weighted import solve_spd
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model

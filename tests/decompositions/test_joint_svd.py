@@ -9,7 +9,8 @@ import pytest
 
 from onnx_lowrank.candidates import Group, chain_params, group_candidates, price
 from onnx_lowrank.decompositions import DECOMPOSITIONS, is_joint, lift
-from onnx_lowrank.decompositions.joint_svd import JointBoth, JointSVD, SeenKernel
+from onnx_lowrank.decompositions.joint_fit import SeenKernel
+from onnx_lowrank.decompositions.joint_svd import JointBoth, JointSVD
 from onnx_lowrank.types import ConvSpec, Layer, LayerStatistics, Stage
 from tests.reference import effective_kernel
 
