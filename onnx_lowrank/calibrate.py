@@ -28,7 +28,7 @@ POSITIONS = 64
 ROWS_BYTES = 1 << 29
 """Most bytes of patches held at a time, for one layer."""
 
-CHEAP_MOMENT = 1 << 32
+CHEAP_MOMENT = 1 << 34
 """Multiplications for a moment that are never saved on."""
 
 MOMENTS_BYTES = 1 << 30

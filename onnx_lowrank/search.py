@@ -83,7 +83,11 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
         if not missed or any("cannot be met" in note for note in attempt.plan.notes):
             break
         for result in missed:
-            ratios[result.metric] = _corrected(attempt.plan.ratio(planner.counts(result.metric)), result)
+            counted = planner.counts(result.metric)
+            if counted == result.metric:  # the plan was timed whole, and yet came out otherwise: ask for that much less
+                ratios[counted] *= SLACK * result.asked / result.reached
+            else:
+                ratios[result.metric] = _corrected(attempt.plan.ratio(counted), result)
     assert best is not None
     return best
 

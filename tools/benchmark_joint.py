@@ -3,7 +3,8 @@
     python -m tools.benchmark_joint OUT [--data ../shared/data] [--params 0.35] [--ways separate ...]
 
 ResNet-56 on CIFAR-10, 2,000 unlabelled training pictures for the fits, 500 test pictures for the accuracy. *separate*: each
-layer by the best of the default methods; *joint*: the three joint schemes; *both*: all of them compete, in one plan. Then, on
+layer by the best of the default methods; *spatial*: by the plain form of what the joint schemes share; *joint*: the three joint
+schemes; *joint or spatial* and *both*: they compete in one plan. Then, on
 untrained networks: a joint model timed in turn with the same model whose shared kernels are copied out, and the
 alternations of Bi-JSVD on the largest section of ResNet-34.
 """
@@ -27,7 +28,14 @@ from onnx_lowrank.runtime import RunSettings, Session, time_pair
 from onnx_lowrank.subject import open_subject
 
 JOINT = ("joint_left", "joint_right", "joint_both")
-WAYS = {"separate": METHODS, "joint": JOINT, "both": (*METHODS, *JOINT)}
+SPATIAL = ("svd", "spatial_svd")
+WAYS = {
+    "separate": METHODS,
+    "spatial": SPATIAL,
+    "joint": JOINT,
+    "joint or spatial": (*SPATIAL, *JOINT),
+    "both": (*METHODS, *JOINT),
+}
 
 
 def pictures(file: Path) -> tuple[np.ndarray, np.ndarray]:
