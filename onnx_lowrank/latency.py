@@ -54,7 +54,7 @@ POINTS = 6
 TABLE_SECONDS = 120.0
 """Longest time that filling the table may take: what is not measured by then is estimated from what is."""
 
-WHOLE_MODELS = 3
+WHOLE_MODELS = 8
 """Models with chains that are timed as a whole too, to learn what a run takes beside its nodes."""
 
 CHECK_ROUNDS, CHECK_SECONDS = 40, 4.0
