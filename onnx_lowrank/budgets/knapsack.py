@@ -20,6 +20,9 @@ GAP = 1e-6
 MISS = 2e-6
 """Share of a limit by which the solver may miss it (1e-6, as HiGHS is set), and that again."""
 
+ROUNDING = 1e-6
+"""Of a sum of times, in thousandths of a share: no more than that is not rounded up."""
+
 SECONDS = 60.0
 """Longest search. The best plan found by then is feasible, and nearly always optimal."""
 
@@ -229,5 +232,5 @@ def _check_reach(
             raise OutOfReach(
                 f"{metric}={budget.ratio:g} cannot be met: the layers that may be decomposed reach "
                 # rounded up, so that the figure can be asked for
-                f"{math.ceil(1e3 * share) / 1e3:.3f} at the lowest rank; loosen the budget or allow more layers and methods"
+                f"{math.ceil(1e3 * share - ROUNDING) / 1e3:.3f} at the lowest rank; loosen the budget or allow more layers and methods"
             )
