@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,11 +44,23 @@ class Group:
         return tuple(layer.name for layer in self.layers)
 
     @property
+    def owners(self) -> tuple[Layer, ...]:
+        """One layer for each stored kernel: all of a joint group, and the first of those that read the same."""
+        return self.layers if self.joint else self.layers[:1]
+
+    @property
     def dense(self) -> Candidate:
         """The candidate that changes nothing."""
         macs = sum(layer.macs for layer in self.layers)
-        stored = self.layers if self.joint else self.layers[:1]
-        return Candidate(self.names, DENSE, (), (), Cost(macs, sum(layer.spec.params for layer in stored)), 0.0)
+        return Candidate(self.names, DENSE, (), (), Cost(macs, sum(layer.spec.params for layer in self.owners)), 0.0)
+
+
+def group_of(names: Sequence[str], by_layer: Mapping[str, Group]) -> Group:
+    """The layers called `names`: a group as it is, or several of one layer each taken together."""
+    group = by_layer[names[0]]
+    if group.names == tuple(names):
+        return group
+    return Group(tuple(by_layer[name].layers[0] for name in names), joint=True)
 
 
 def group_layers(layers: Sequence[Layer]) -> tuple[Group, ...]:
@@ -86,7 +98,7 @@ def price(group: Group, name: str, rank: Rank, error: float) -> Candidate:
     LowRankError
         Where the decomposition refuses the layers or has no such rank.
     """
-    specs = [layer.spec for layer in group.layers]
+    specs = [layer.spec for layer in group.owners]
     decomposition = find_decomposition(name)
     reason = lift.refuses(decomposition, specs)
     if reason:
@@ -99,8 +111,7 @@ def price(group: Group, name: str, rank: Rank, error: float) -> Candidate:
         )
     chains = _chains(group, decomposition, rank)
     macs = sum(chain_macs(chain, layer) for chain, layer in zip(chains, group.layers, strict=True))
-    stored = group.layers if group.joint else group.layers[:1]
-    kept = sum(layer.spec.params for layer in stored if layer.weight_kept)
+    kept = sum(layer.spec.params for layer in group.owners if layer.weight_kept)
     return Candidate(group.names, name, rank, chains, Cost(macs, chain_params(chains) + kept), error)
 
 
@@ -210,8 +221,7 @@ def group_candidates(
         The error is -log of the level that the rank keeps (see :func:`~onnx_lowrank.decompositions.levels.energy_levels`).
     """
     dense = group.dense
-    members = group.layers if group.joint else group.layers[:1]
-    specs = [layer.spec for layer in members]
+    specs = [layer.spec for layer in group.owners]
     methods = [name for name in methods if is_joint(name) == group.joint]
     found: list[Candidate] = []
     reasons: list[str] = []
@@ -234,13 +244,13 @@ def group_candidates(
             )
             continue
         if weights is None:
-            weights = [layer.read_weight() for layer in members]
+            weights = [layer.read_weight() for layer in group.owners]
         ranks = [c.rank for c in cheaper]
         if levels:
             errors = -np.log(energy_levels(decomposition, specs, weights, ranks))
         else:
             errors = lift.errors(decomposition, specs, weights, ranks, statistics)
-        errors = len(members) * errors  # a mean over the layers, of which each counts as it does alone
+        errors = len(specs) * errors  # a mean over the layers, of which each counts as it does alone
         found += pareto([_with_error(c, float(e)) for c, e in zip(cheaper, errors, strict=True)])
     if not found:
         # a method that applies and saves nothing says more than one that does not apply

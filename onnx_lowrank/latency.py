@@ -131,9 +131,11 @@ class LatencyTable:
         self.measured = self.wanted = 0
         """Points measured, and how many there were to measure."""
         self._aside_ms, self._nodes = 0.0, 0
+        self._gains: dict[str, float] = {}
+        self._own_nodes = own_nodes(subject.model, subject.found)
         with self._bench() as bench:
             self._first = bench.profile(bench.path)
-            self._owned = owners(subject.model, own_nodes(subject.model, subject.found), self._first.optimized)
+            self._owned = owners(subject.model, self._own_nodes, self._first.optimized)
             self._whole_ms = typical(self._timing(bench, bench.reference).first_ms)
         self._account(self._first, 1.0)
         self._kinds = {group.names: _kind(group, self._owned) for group in subject.groups}
@@ -249,15 +251,16 @@ class LatencyTable:
             made: dict[tuple[tuple[int, ...], ...], list[np.ndarray]] = {}  # of a kernel that is shared there is one
             for name, chain in zip(choice.layers, choice.chains, strict=True):
                 shapes = tuple(stage.spec.weight_shape for stage in chain)
-                kernels = made.setdefault(shapes, self._kernels(layers[name], chain))
-                replacements.append(Replacement(name, choice.decomposition, choice.rank, chain, kernels))
+                if shapes not in made:
+                    made[shapes] = self._kernels(layers[name], chain)
+                replacements.append(Replacement(name, choice.decomposition, choice.rank, chain, made[shapes]))
         model, nodes = splice(subject.model, subject.found, replacements)
         path = bench.write(model)
         profile, ratio = bench.profile(path), math.nan
         if whole:
             ratio = 1 / self._timing(bench, Session(path, self._settings)).speedup
             self._account(profile, ratio)
-        owned = owners(model, own_nodes(subject.model, subject.found) | nodes, profile.optimized)
+        owned = owners(model, self._own_nodes | nodes, profile.optimized)
         times = self._times(profile, owned)
         for choice in choices:
             if choice.layers not in groups:
@@ -270,11 +273,18 @@ class LatencyTable:
 
     def _kernels(self, layer: Layer, chain: Chain) -> list[np.ndarray]:
         """Random kernels of a chain that leaves activations about as large as the layer does: tiny ones would be slow."""
-        weight = layer.read_weight()
-        gain = float(np.linalg.norm(weight.astype(np.float32).ravel())) / math.sqrt(max(len(weight), 1))
+        gain = self._gain(layer)
         shapes = [stage.spec.weight_shape for stage in chain]
         kernels = [self._rng.standard_normal(s, dtype=np.float32) / math.sqrt(math.prod(s[1:])) for s in shapes]
         return [*kernels[:-1], kernels[-1] * np.float32(gain)]
+
+    def _gain(self, layer: Layer) -> float:
+        """How much larger a layer makes its input; its kernel is read once."""
+        if layer.name not in self._gains:
+            weight = layer.read_weight()
+            norm = float(np.linalg.norm(weight.astype(np.float32).ravel()))
+            self._gains[layer.name] = norm / math.sqrt(max(len(weight), 1))
+        return self._gains[layer.name]
 
     def _waiting(self, candidates: Sequence[Sequence[Candidate]]) -> dict[str, list[tuple[str, Rank]]]:
         """For each kind of layer, what is to be measured: of every method the middle first, then the ends, then between."""

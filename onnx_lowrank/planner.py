@@ -19,6 +19,7 @@ from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates
 from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, is_joint
 from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.sections import alike
 from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.parallel import run_all
 from onnx_lowrank.ranks import parse_estimator
@@ -152,11 +153,9 @@ class Planner:
             return ()
         groups = []
         for section in self.subject.sections:
-            inputs = [layer.spec.weight_shape[1] for layer in section.layers]
-            common = max(set(inputs), key=lambda n: (inputs.count(n), n))
-            alike = tuple(x for x, n in zip(section.layers, inputs, strict=True) if n == common)
+            same = alike(section.layers)
             groups += [Group(section.layers, joint=True)]
-            groups += [Group(alike, joint=True)] if 1 < len(alike) < len(inputs) else []
+            groups += [Group(same, joint=True)] if 1 < len(same) < len(section.layers) else []
         return tuple(groups)
 
     @property
@@ -489,7 +488,7 @@ def _table_notes(table: LatencyTable, config: Config) -> tuple[str, ...]:
 
 def _of_group(group: Group, seen: Mapping[str, LayerStatistics]) -> list[LayerStatistics] | None:
     """What the layers of a group see; None unless it is known of all that have a kernel of their own."""
-    names = group.names if group.joint else group.names[:1]
+    names = [layer.name for layer in group.owners]
     return [seen[name] for name in names] if all(name in seen for name in names) else None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnx_lowrank.candidates import Group, price
+from onnx_lowrank.candidates import Group, group_of, price
 from onnx_lowrank.decompositions import DECOMPOSITIONS, is_joint
 from onnx_lowrank.types import DENSE, Candidate, LowRankError, Plan
 
@@ -116,7 +116,7 @@ def _together(where: str, names: Sequence[str], by_layer: Mapping[str, Group]) -
     tied = [name for name in names if len(by_layer[name].layers) > 1]
     if tied:
         raise LowRankError(f"{where} joins layer '{tied[0]}', which shares its kernel already: leave it out")
-    return Group(tuple(by_layer[name].layers[0] for name in names), joint=len(names) > 1)
+    return group_of(names, by_layer)
 
 
 def _listed(value: Any) -> list[Any]:

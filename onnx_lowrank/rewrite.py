@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from onnx_lowrank.candidates import Group, chain_macs, loaded, show_rank
+from onnx_lowrank.candidates import Group, chain_macs, group_of, loaded, show_rank
 from onnx_lowrank.correction import corrected_biases
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.graph.find import Found
@@ -73,7 +73,8 @@ def rewrite(
     LowRankError
         Where a layer cannot be factorised or written; its name, decomposition and rank are in the message.
     """
-    work = [(_group_of(c, groups), c) for c in plan.choices if not c.dense]
+    by_layer = {name: group for group in groups for name in group.names}
+    work = [(group_of(c.layers, by_layer), c) for c in plan.choices if not c.dense]
     choices = [choice for _, choice in work]
     biases: dict[str, np.ndarray] = {}
     if feeds:  # each fit depends on those before it: nothing can be kept from another plan
@@ -109,15 +110,6 @@ def rewrite(
         )
         for group, layer, chain, choice, factorization, first in reports
     )
-
-
-def _group_of(choice: Candidate, groups: Sequence[Group]) -> Group:
-    """The layers of a choice: a group of the plan, or several taken together."""
-    by_layer = {name: group for group in groups for name in group.names}
-    group = by_layer[choice.layers[0]]
-    if group.names == choice.layers:
-        return group
-    return Group(tuple(by_layer[name].layers[0] for name in choice.layers), joint=True)
 
 
 def _stored_by(choice: Candidate, chain: Chain, *, first: bool) -> int:
@@ -156,14 +148,12 @@ def _task(group: Group, choice: Candidate, seed: int) -> tuple[Group, Candidate,
 def _factorize(task: tuple[Group, Candidate, int]) -> Factorization:
     group, choice, seed = task
     layer = group.layers[0]
-    members = group.layers if group.joint else group.layers[:1]
     # a stream of its own for each layer: the result does not depend on the order or on what else is decomposed
     rng = np.random.default_rng([seed, zlib.crc32(layer.name.encode())])
     decomposition = find_decomposition(choice.decomposition)
     try:
-        made = lift.factorize(
-            decomposition, [x.spec for x in members], [x.read_weight() for x in members], choice.rank, rng=rng
-        )
+        specs, weights = [x.spec for x in group.owners], [x.read_weight() for x in group.owners]
+        made = lift.factorize(decomposition, specs, weights, choice.rank, rng=rng)
     except (np.linalg.LinAlgError, ValueError) as error:
         raise LowRankError(
             f"layer '{layer.name}', {choice.decomposition} of rank {show_rank(choice.rank)}: {error}"

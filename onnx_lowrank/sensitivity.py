@@ -9,7 +9,7 @@ is why one size is not enough: extrapolated from one, allocations come out worse
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -62,15 +62,7 @@ def measured(
     probes = [probe for group in candidates for probe in _probes(group)]
     if not probes:
         return [tuple(group) for group in candidates]
-    owners = {name: group for group in groups for name in group.names}
-    made = run_all(
-        partial(_draft, seed=seed),
-        [partial(_task, owners[probe.layers[0]], probe, statistics.get(probe.layers[0])) for probe in probes],
-        [owners[probe.layers[0]].layers[0].spec.params for probe in probes],
-        jobs=jobs,
-        progress=progress,
-        stage="analyze",
-    )
+    made = _drafts(groups, probes, statistics, seed, jobs, progress)
     names = sorted({name for probe in probes for name in probe.layers})
     bench = _Bench(model, found, names, _few(feeds, len(probes)))
     damages: dict[tuple[str, ...], list[tuple[float, float]]] = {}
@@ -112,7 +104,6 @@ def agreeing(
     ----------
     Kim, Khan & Kyung (2019), "Efficient Neural Network Compression", eq. 6: the measured metric.
     """
-    owners = {group.names: group for group in groups}
     probes: list[Candidate] = []
     for members in candidates:
         for method in sorted({c.decomposition for c in members if not c.dense}):
@@ -120,14 +111,7 @@ def agreeing(
             probes += [by_rank[rank] for rank in spread(list(by_rank), ACCURACY_RANKS)]
     if not probes:
         return [tuple(group) for group in candidates]
-    made = run_all(
-        partial(_draft, seed=seed),
-        [partial(_task, owners[probe.layers], probe, None) for probe in probes],
-        [owners[probe.layers].layers[0].spec.params for probe in probes],
-        jobs=jobs,
-        progress=progress,
-        stage="analyze",
-    )
+    made = _drafts(groups, probes, {}, seed, jobs, progress)
     names = sorted({name for probe in probes for name in probe.layers})
     bench = _Bench(model, found, names, feeds)  # all of them: what few samples do not show counts as free of charge
     points: dict[tuple[tuple[str, ...], str], dict[float, float]] = {}
@@ -202,6 +186,27 @@ _Task = tuple[Group, Candidate, "LayerStatistics | None"]
 
 def _task(group: Group, probe: Candidate, seen: LayerStatistics | None) -> _Task:
     return loaded(group), probe, seen
+
+
+def _drafts(
+    groups: Sequence[Group],
+    probes: Sequence[Candidate],
+    statistics: Mapping[str, LayerStatistics],
+    seed: int,
+    jobs: int,
+    progress: Progress,
+) -> list[Factorization]:
+    """Every probe factorised, quickly."""
+    owners = {name: group for group in groups for name in group.names}
+    firsts = [probe.layers[0] for probe in probes]
+    return run_all(
+        partial(_draft, seed=seed),
+        [partial(_task, owners[name], probe, statistics.get(name)) for name, probe in zip(firsts, probes, strict=True)],
+        [owners[name].layers[0].spec.params for name in firsts],
+        jobs=jobs,
+        progress=progress,
+        stage="analyze",
+    )
 
 
 def _draft(task: _Task, seed: int) -> Factorization:

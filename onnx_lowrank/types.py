@@ -8,9 +8,9 @@ spatial axes, so that one vocabulary (and one cost function) serves every layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,22 @@ Metric = str
 
 class LowRankError(ValueError):
     """Something given cannot be used. The message says what was given, what was expected and what to do."""
+
+
+Member = TypeVar("Member")
+
+
+def member_of(table: Mapping[str, Member], kind: str, name: str) -> Member:
+    """The member of a table of the package that is called `name`.
+
+    Raises
+    ------
+    LowRankError
+        For a name that is not in it; `kind` says what it would have been.
+    """
+    if name not in table:
+        raise LowRankError(f"no {kind} is called '{name}': one of {', '.join(table)} was expected")
+    return table[name]
 
 
 @dataclass(frozen=True)

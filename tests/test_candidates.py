@@ -390,3 +390,11 @@ def test_a_layer_that_no_method_applies_to_is_skipped_by_an_estimator_too():
 def test_ranks_are_shown_as_people_write_them():
     assert [show_rank(rank) for rank in ((32,), (32, 16), ())] == ["32", "32x16", ""]
     assert math.isfinite(price(Group((WIDE,)), "tucker2", (8, 8), 0.5).error)
+
+
+def test_transposed_and_grouped_layers_that_read_one_kernel_are_priced_as_one() -> None:
+    for spec in (ConvSpec((32, 32, 3, 3), transposed=True), ConvSpec((32, 16, 3, 3), group=2)):
+        a, b = (layer_of(spec, (8, 8), name, weight_name="w") for name in "ab")
+        found, skip = group_candidates(Group((a, b)), ["channel_svd"], 8)
+        assert skip is None
+        assert len(found) > 1

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from onnx_lowrank.budgets.enc import enc_best, enc_map, enc_model
 from onnx_lowrank.budgets.knapsack import knapsack
-from onnx_lowrank.types import Budget, Candidate, Cost, LowRankError
+from onnx_lowrank.types import Budget, Candidate, Cost, member_of
 
 Candidates = Sequence[Sequence[Candidate]]
 Choices = tuple[Candidate, ...]
@@ -37,6 +37,4 @@ def find_solver(name: str) -> BudgetSolver:
     LowRankError
         For a name that is not in the table.
     """
-    if name not in BUDGET_SOLVERS:
-        raise LowRankError(f"no budget solver is called '{name}': one of {', '.join(BUDGET_SOLVERS)} was expected")
-    return BUDGET_SOLVERS[name]
+    return member_of(BUDGET_SOLVERS, "budget solver", name)

@@ -8,7 +8,7 @@ from onnx_lowrank.decompositions.joint_svd import JointBoth, JointLeft, JointRig
 from onnx_lowrank.decompositions.separable import Separable
 from onnx_lowrank.decompositions.spatial_svd import SpatialSVD
 from onnx_lowrank.decompositions.tucker2 import Tucker2
-from onnx_lowrank.types import Decomposition, LowRankError
+from onnx_lowrank.types import Decomposition, member_of
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
     member.name: member
@@ -43,6 +43,4 @@ def find_decomposition(name: str) -> Decomposition:
     LowRankError
         For a name that is not in the table.
     """
-    if name not in DECOMPOSITIONS:
-        raise LowRankError(f"no decomposition is called '{name}': one of {', '.join(DECOMPOSITIONS)} was expected")
-    return DECOMPOSITIONS[name]
+    return member_of(DECOMPOSITIONS, "decomposition", name)

@@ -81,7 +81,7 @@ class JointSVD(ABC):
         picks = [rank for (rank,) in ranks]
         if statistics is None:
             return self.errors_of(_unit(weights)[0], picks)
-        seen = [SeenKernel(weight, stats.covariance) for weight, stats in zip(weights, statistics, strict=True)]
+        seen = _seen(weights, statistics)
         return interpolated_errors(lambda rank: self._weighted(weights, seen, rank, rounds=1)[1], picks)
 
     def estimate_rank(self, weights: Sequence[np.ndarray], estimator: Callable[[np.ndarray], int]) -> Rank:
@@ -98,8 +98,8 @@ class JointSVD(ABC):
         draft: bool = False,
     ) -> Factorization:
         if statistics is not None:
-            seen = [SeenKernel(weight, stats.covariance) for weight, stats in zip(weights, statistics, strict=True)]
-            made, error = self._weighted(weights, seen, rank[0], rounds=1 if draft else ROUNDS)
+            rounds = 1 if draft else ROUNDS
+            made, error = self._weighted(weights, _seen(weights, statistics), rank[0], rounds)
             return Factorization(tuple(made), float(np.sqrt(error)))
         return self._plain(weights, rank[0])
 
@@ -318,6 +318,10 @@ class JointBoth(JointSVD):
         first[left:] *= norm
         second[:, :left] *= norm
         return first, second
+
+
+def _seen(weights: Sequence[np.ndarray], statistics: Sequence[LayerStatistics]) -> list[SeenKernel]:
+    return [SeenKernel(weight, stats.covariance) for weight, stats in zip(weights, statistics, strict=True)]
 
 
 def _halves(rank: int) -> tuple[int, int]:

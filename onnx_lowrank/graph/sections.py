@@ -50,6 +50,13 @@ def sections(model: Model, found: Found, layers: Sequence[Layer]) -> list[Sectio
     return [Section(tuple(g), bool(key[-1])) for key, g in groups.items() if len(g) > 1]  # type: ignore[index]
 
 
+def alike(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Those of the commonest number of input channels (of the largest of these), which may share a first stage."""
+    inputs = [layer.spec.weight_shape[1] for layer in layers]
+    common = max(inputs, key=lambda n: (inputs.count(n), n), default=0)
+    return tuple(layer for layer, n in zip(layers, inputs, strict=True) if n == common)
+
+
 class _Walks:
     """Who reads what."""
 

@@ -9,7 +9,7 @@ from onnx_lowrank.bench import Attempt, Bench
 from onnx_lowrank.config import Config
 from onnx_lowrank.planner import Planner, Policy
 from onnx_lowrank.recipes import automatic_rank, default, joint_svd
-from onnx_lowrank.types import LowRankError
+from onnx_lowrank.types import member_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,4 @@ def find_recipe(name: str) -> Recipe:
     LowRankError
         For a name that is not in the table.
     """
-    if name not in RECIPES:
-        raise LowRankError(f"no recipe is called '{name}': one of {', '.join(RECIPES)} was expected")
-    return RECIPES[name]
+    return member_of(RECIPES, "recipe", name)

@@ -25,6 +25,7 @@ from onnx_lowrank.bench import Attempt, Bench
 from onnx_lowrank.candidates import Group, chain_params, price
 from onnx_lowrank.config import METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, is_joint, lift
+from onnx_lowrank.graph.sections import alike
 from onnx_lowrank.planner import Planner, Policy
 from onnx_lowrank.types import Candidate, Layer, LowRankError, Plan
 
@@ -71,11 +72,11 @@ def plan_of(planner: Planner) -> Plan:
     free = {layer.name: layer for layer in touched if layer.name not in around}
     choices: list[Candidate] = []
     for section in subject.sections:
-        members = _partners(
-            [layer for layer in section.layers if layer.name in free], scheme, wide=bool(planner.config.group)
-        )
+        members = tuple(layer for layer in section.layers if layer.name in free)
+        if not (planner.config.group and scheme == "joint_right"):  # which alone can share with a narrower first layer
+            members = alike(members)
         if len(members) > 1:
-            choices.append(_joined(Group(tuple(members), joint=True), scheme, rate))
+            choices.append(_joined(Group(members, joint=True), scheme, rate))
             for layer in members:
                 del free[layer.name]
     for layer in free.values():
@@ -110,29 +111,20 @@ def _stages(layers: Sequence[Layer]) -> list[Layer]:
     return [layer for layer, size in zip(convolutions[1:], sizes[1:], strict=True) if size != sizes[1]]
 
 
-def _partners(layers: Sequence[Layer], scheme: str, *, wide: bool) -> list[Layer]:
-    """Those that can share what the scheme shares: of one number of input channels, but for ``joint_right`` where named."""
-    if not layers or (wide and scheme == "joint_right"):
-        return list(layers)
-    inputs = [layer.spec.weight_shape[1] for layer in layers]
-    common = max(set(inputs), key=lambda n: (inputs.count(n), n))
-    return [layer for layer, n in zip(layers, inputs, strict=True) if n == common]
-
-
 def _joined(group: Group, scheme: str, rate: float) -> Candidate:
     """A section at the rank at which it has as many parameters as plain SVDs of the rate."""
     specs = [layer.spec for layer in group.layers]
-    separate = sum(_per_rank([Group((layer,))], "joint_left") for layer in group.layers)
+    separate = sum(_per_rank(Group((layer,)), "joint_left") for layer in group.layers)
     # per rank, whatever the split: a half of the ranks may share the first stage and the other half the second
-    together = _per_rank([group], "joint_left" if scheme == "joint_both" else scheme)
+    together = _per_rank(group, "joint_left" if scheme == "joint_both" else scheme)
     highest = lift.max_rank(find_decomposition(scheme), specs)[0]
     rank = int(specs[0].out_channels * separate / together * rate)
     return price(group, scheme, (min(max(rank, 2 if scheme == "joint_both" else 1), highest),), math.nan)
 
 
-def _per_rank(groups: Sequence[Group], scheme: str) -> int:
+def _per_rank(group: Group, scheme: str) -> int:
     """Parameters of a rank of one."""
-    return sum(chain_params(price(group, scheme, (1,), 0.0).chains) for group in groups)
+    return chain_params(price(group, scheme, (1,), 0.0).chains)
 
 
 def _factor(layers: Sequence[Layer], choices: Sequence[Candidate]) -> str:
