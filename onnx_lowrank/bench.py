@@ -83,7 +83,7 @@ class Bench:
         self._count = 0
         subject = planner.subject
         # the file as given where there is one: what users run, and read from disk only once
-        given = subject.model.path if subject.model.path and not planner.config.fold_batchnorm else None
+        given = subject.model.path
         self._path = given or self._write(subject.model)
         self._original: Session | None = None
         self._tested: tuple[Path, Session] | None = None

@@ -149,7 +149,7 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "graph": (
         (
             "--fold-batchnorm",
-            {"action": "store_true", "default": None, "help": "fold BatchNormalization into convolutions first"},
+            {"action": "store_true", "default": None, "help": "fold BatchNormalization into convolutions at the end"},
         ),
     ),
     "data": (

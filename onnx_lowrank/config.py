@@ -71,7 +71,8 @@ class Config:
     group
         Patterns of node names by a name of one's own: layers that may share a factor; otherwise found from the graph.
     fold_batchnorm
-        Fold BatchNormalization into the convolution before it first.
+        Fold BatchNormalization into the convolution before it, at the end: a kernel is better decomposed before its
+        channels are scaled.
     align
         Multiple that ranks are kept to; None takes the block size of this machine's kernels.
     provider, threads, batch_size, input_shape

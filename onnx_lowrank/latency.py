@@ -126,7 +126,7 @@ class LatencyTable:
         self._subject, self._feeds, self._progress = subject, feeds, progress
         self._settings = RunSettings(config.provider, config.threads)
         self._rng = np.random.default_rng(config.seed)
-        self._given = subject.model.path if not config.fold_batchnorm else None
+        self._given = subject.model.path
         self._timings = Timings(self._environment(config), cache_folder())
         self.measured = self.wanted = 0
         """Points measured, and how many there were to measure."""

@@ -18,6 +18,7 @@ from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_leng
 from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded, pareto
 from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, is_joint
+from onnx_lowrank.graph.batchnorm import fold_batchnorm
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.sections import alike
 from onnx_lowrank.latency import LatencyTable
@@ -401,22 +402,27 @@ class Planner:
     def carry_out(self, plan: Plan, *, fit: bool = True) -> tuple[Model, tuple[LayerReport, ...]]:
         """The rewritten model, and what became of its layers; without `fit` by the weights alone."""
         subject = self.subject
-        if all(choice.dense for choice in plan.choices):
-            return subject.model, ()
-        with self.stage("factorize"):
-            return rewrite(
-                subject.model,
-                subject.found,
-                subject.groups,
-                plan,
-                seed=self.config.seed,
-                jobs=self.config.workers,
-                progress=self.progress,
-                cache=self._cache,
-                feeds=self._fitting() if fit else None,
-                statistics=self.statistics if fit and self.joint else {},
-                correct=not self.policy.plain,
-            )
+        model: Model = subject.model
+        layers: tuple[LayerReport, ...] = ()
+        if not all(choice.dense for choice in plan.choices):
+            with self.stage("factorize"):
+                model, layers = rewrite(
+                    model,
+                    subject.found,
+                    subject.groups,
+                    plan,
+                    seed=self.config.seed,
+                    jobs=self.config.workers,
+                    progress=self.progress,
+                    cache=self._cache,
+                    feeds=self._fitting() if fit else None,
+                    statistics=self.statistics if fit and self.joint else {},
+                    correct=not self.policy.plain,
+                )
+        if self.config.fold_batchnorm:
+            model = model.copy() if model is subject.model else model
+            fold_batchnorm(model)
+        return model, layers
 
     def _fitting(self) -> list[Batch] | None:
         """Samples that the layers are fitted on: as many as have room with all that is alive in both networks."""

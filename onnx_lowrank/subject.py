@@ -12,7 +12,6 @@ import numpy as np
 from onnx_lowrank.candidates import Group, group_layers
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import Dataset, open_data
-from onnx_lowrank.graph.batchnorm import fold_batchnorm
 from onnx_lowrank.graph.find import Found, find_layers, model_cost, sized_tensors
 from onnx_lowrank.graph.model import Model, load, serialize
 from onnx_lowrank.graph.sections import Section, sections
@@ -86,9 +85,6 @@ def open_subject(source: Any, config: Config) -> Subject:
         raise LowRankError(
             f"a model of type {type(source).__name__} was given: a path, a ModelProto or a graphsurgeon Graph was expected"
         ) from error
-    if config.fold_batchnorm:
-        model = model.copy()
-        fold_batchnorm(model)
     inputs = model_inputs(model)
     given = dict(config.input_shape) or _shapes_of_data(inputs, config)
     sizes, notes = sample_shapes(inputs, given)

@@ -19,7 +19,7 @@ from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.plans import plan_to_dict
 from onnx_lowrank.verify import Latency
 from tests import tiny
-from tests.helpers import normal, parse, run
+from tests.helpers import assert_close, normal, parse, run
 
 QUICK: dict[str, Any] = {"methods": "svd,spatial_svd", "align": 1, "jobs": 1}
 
@@ -210,6 +210,10 @@ def test_batch_normalizations_are_folded_on_request() -> None:
     assert "BatchNormalization" not in {node.op_type for node in folded.model.graph.node}
     plain = lr.compress(models.DIGITS, **options)
     assert "BatchNormalization" in {node.op_type for node in plain.model.graph.node}
+    assert folded.report.original == plain.report.original  # the model as it was given
+    assert folded.plan.choices == plain.plan.choices
+    digits = {"input": normal(4, 1, 8, 8, seed=5)}
+    assert_close(run(folded.model, digits), run(plain.model, digits), 1e-5)
 
 
 # Budgets

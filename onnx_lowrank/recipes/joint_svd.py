@@ -4,7 +4,7 @@
 section the joint rank that takes as many parameters as that would. ``--methods`` says the scheme: ``joint_left`` (LJSVD,
 the default), ``joint_right`` (RJSVD-2; RJSVD-1 where ``--group`` names the first layer of a stage too) or ``joint_both``
 (Bi-JSVD). The first layer, products, the first stage and the shortcuts stay as they are; what is left without a partner
-becomes a plain spatial SVD.
+becomes a plain spatial SVD. BatchNormalization is folded at the end: beside kernels this small it would be 4 % of the file.
 
 Our reading: the first stage is all that has the output size of the first layer after the first; ranks are those at which a
 section is worth its parameters whatever its shapes, which are the paper's formulas for basic blocks and bottlenecks.
@@ -33,7 +33,7 @@ DEFAULT = "joint_left"
 
 
 def configure(config: Config) -> Config:
-    """The scheme, and nothing that contradicts it.
+    """The scheme, nothing that contradicts it, and nothing left of BatchNormalization.
 
     Raises
     ------
@@ -46,7 +46,7 @@ def configure(config: Config) -> Config:
             f"recipe joint_svd with methods {', '.join(methods)}: one of joint_left, joint_right and joint_both was expected"
         )
     _rate(config)
-    return replace(config, methods=methods)
+    return replace(config, methods=methods, fold_batchnorm=True)
 
 
 def policy(config: Config) -> Policy:
