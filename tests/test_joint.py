@@ -223,16 +223,17 @@ def test_the_factors_of_the_paper_are_reproduced(name: str, rate: float, factor:
     assert f"{found:.{len(factor.split('.')[1])}f}" == factor
 
 
-def test_the_file_shrinks_by_the_factor_of_the_kernels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", JOINT)
+def test_the_file_shrinks_by_the_factor_of_the_kernels(tmp_path: Path, scheme: str) -> None:
     given, small = tmp_path / "r34.onnx", tmp_path / "j.onnx"
     onnx.save(models.build("resnet34_cifar10", 0), given)
-    result = lr.compress(given, recipe="joint_svd", rank="ratio=0.04")
+    result = lr.compress(given, recipe="joint_svd", rank="ratio=0.04", methods=scheme)
     result.save(small)
     assert given.stat().st_size / small.stat().st_size == pytest.approx(22.03, rel=0.03)
     left_alone = {skip.layer for skip in result.report.skips}
     assert {"conv1", "fc", "layer1.0.conv1", "layer2.0.downsample.0"} <= left_alone
     methods = {layer.name: layer.decomposition for layer in result.report.layers}
-    assert methods["layer2.1.conv2"] == "joint_left"
+    assert methods["layer2.1.conv2"] == scheme
     assert methods["layer2.0.conv1"] == "spatial_svd"  # of other width: it has no partner
 
 

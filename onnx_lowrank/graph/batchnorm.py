@@ -17,52 +17,97 @@ from onnx_lowrank.graph.model import Model, attributes, fresh_name, readers, ten
 def fold_batchnorm(model: Model) -> int:
     """Fold every BatchNormalization that directly follows a convolution, in the graph of `model`, which is changed.
 
-    Exact where the convolution's output has no other reader, its kernel is used nowhere else, and the
-    normalisation runs in inference mode with stored statistics.
+    Exact where the convolution's output has no other reader and the normalisation runs in inference mode with stored
+    statistics. One after a kernel that is used elsewhere too stays, as a scale and a shift: its mean and variance become
+    tensors of 0 and 1 that all such nodes read.
 
     Returns
     -------
     int
         How many were folded.
     """
-    graph = model.graph
-    constants, count, taken = Constants(model), readers(model.proto), tensor_names(model.proto)
-    producers = {out: node for node in graph.node for out in node.output}
-    listed = lists_all(model)
-    unread: list[str] = []
-    folded = 0
-    for norm in [n for n in graph.node if _in_inference(n, model.opset)]:
-        conv = producers.get(norm.input[0])
+    return sum(_Folding(model).run())
+
+
+class _Folding:
+    """The graph, and what is known of it before anything is folded."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._constants, self._count, self._taken = Constants(model), readers(model.proto), tensor_names(model.proto)
+        self._producers = {out: node for node in model.graph.node for out in node.output}
+        self._listed = lists_all(model)
+        self._unread: list[str] = []
+        self._same: dict[tuple[object, ...], str] = {}
+
+    def run(self) -> list[bool]:
+        """Which of the normalisations were folded."""
+        norms = [node for node in self._model.graph.node if _in_inference(node, self._model.opset)]
+        folded = [self._fold(norm) for norm in norms]
+        drop_unread(self._model, self._unread)
+        return folded
+
+    def _fold(self, norm: onnx.NodeProto) -> bool:
+        conv = self._producers.get(norm.input[0])
         if conv is None or conv.op_type not in ("Conv", "ConvTranspose") or conv.domain not in ("", "ai.onnx"):
-            continue
-        if len(conv.input) < 2:
-            continue
-        old_bias = next((name for name in conv.input[2:3] if name), None)
-        sources = [conv.input[1], *norm.input[1:], *([old_bias] if old_bias else [])]
-        values = [value for name in sources if (value := _value(constants, name)) is not None]
-        read_once = all(count[name] == 1 for name in [norm.input[0], *constants.chain(conv.input[1])])
-        if not read_once or len(values) < len(sources):
-            continue
-        if {value.shape for value in values[1:]} != {(_outputs(values[0], conv),)}:
-            continue
-        weight, scale, shift, mean, variance, *bias = (value.astype(np.float64) for value in values)
+            return False
+        if len(conv.input) < 2 or self._count[norm.input[0]] != 1:
+            return False
+        statistics = [_value(self._constants, name) for name in norm.input[1:]]
+        weight, bias = _value(self._constants, conv.input[1]), None
+        if len(conv.input) > 2 and conv.input[2]:
+            bias = _value(self._constants, conv.input[2])
+            if bias is None:
+                return False
+        known = [value for value in (*statistics, bias) if value is not None]
+        channels = known[0].shape if known else ()
+        if any(value is None for value in statistics) or any(value.shape != channels for value in known):
+            return False
+        scale, shift, mean, variance = (value.astype(np.float64) for value in statistics if value is not None)
         attrs = attributes(norm)
-        factor = scale / np.sqrt(variance + (attrs["epsilon"].f if "epsilon" in attrs else 1e-5))
+        epsilon = attrs["epsilon"].f if "epsilon" in attrs else 1e-5
+        factor = scale / np.sqrt(variance + epsilon)
+        addend = ((0.0 if bias is None else bias.astype(np.float64)) - mean) * factor + shift
+        if weight is None or any(self._count[name] != 1 for name in self._constants.chain(conv.input[1])):
+            if bias is None and known[0].dtype == np.float32:
+                self._reduce(norm, factor, addend, epsilon)
+            return False
+        if channels != (_outputs(weight, conv),):
+            return False
         with np.errstate(over="ignore"):
-            kernel = _scale_outputs(weight, factor, conv).astype(values[0].dtype)
-            addend = (((bias[0] if bias else 0.0) - mean) * factor + shift).astype(values[0].dtype)
-        if not (np.isfinite(kernel).all() and np.isfinite(addend).all()):
-            continue  # it does not fit half precision
-        names = [fresh_name(f"{stem}_folded", taken) for stem in (conv.input[1], f"{norm.output[0]}_bias")]
-        for name, value in zip(names, (kernel, addend), strict=True):
-            add_initializer(model, numpy_helper.from_array(np.ascontiguousarray(value), name), listed=listed)
-        unread += [*sources, conv.output[0]]
-        conv.input[1:] = names
+            kernel = _scale_outputs(weight.astype(np.float64), factor, conv).astype(weight.dtype)
+            moved = addend.astype(weight.dtype)
+        if not (np.isfinite(kernel).all() and np.isfinite(moved).all()):
+            return False  # it does not fit half precision
+        self._unread += [conv.input[1], *norm.input[1:], *([conv.input[2]] if bias is not None else []), conv.output[0]]
+        conv.input[1:] = [
+            self._stored(f"{conv.input[1]}_folded", kernel),
+            self._stored(f"{norm.output[0]}_bias_folded", moved),
+        ]
         conv.output[0] = norm.output[0]
-        graph.node.remove(norm)
-        folded += 1
-    drop_unread(model, unread)
-    return folded
+        self._model.graph.node.remove(norm)
+        return True
+
+    def _reduce(self, norm: onnx.NodeProto, factor: np.ndarray, addend: np.ndarray, epsilon: float) -> None:
+        """Put all of a normalisation into its scale and shift."""
+        self._unread += norm.input[1:]
+        norm.input[1:] = [
+            self._stored(f"{norm.output[0]}_scale", factor.astype(np.float32)),
+            self._stored(f"{norm.output[0]}_bias", addend.astype(np.float32)),
+            self._shared("mean", np.zeros(len(factor), np.float32)),
+            self._shared("variance", np.full(len(factor), 1.0 - epsilon, np.float32)),
+        ]
+
+    def _shared(self, stem: str, value: np.ndarray) -> str:
+        key = stem, value.tobytes()
+        if key not in self._same:
+            self._same[key] = self._stored(f"no_{stem}", value)
+        return self._same[key]
+
+    def _stored(self, stem: str, value: np.ndarray) -> str:
+        name = fresh_name(stem, self._taken)
+        add_initializer(self._model, numpy_helper.from_array(np.ascontiguousarray(value), name), listed=self._listed)
+        return name
 
 
 def _in_inference(node: onnx.NodeProto, opset: int) -> bool:

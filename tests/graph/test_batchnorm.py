@@ -282,3 +282,19 @@ def test_a_damaged_statistic_is_an_error_that_names_it() -> None:
     next(t for t in model.graph.initializer if t.name == "mean").raw_data = b"123"
     with pytest.raises(LowRankError, match="tensor 'mean' is damaged"):
         folded(model)
+
+
+def test_after_a_kernel_that_is_used_twice_a_scale_and_a_shift_are_left() -> None:
+    model = normalised(
+        conv="h = Conv (x, w) k = Conv (x, w)",
+        norm="""y = BatchNormalization (h, scale, shift, mean, variance)
+            z = BatchNormalization (k, scale2, shift2, mean2, variance2)""",
+        outputs="float[] y, float[] z",
+        **{f"{name}2": value + np.float32(0.3) for name, value in statistics().items()},
+    )
+    copy = load(model).copy()
+    assert fold_batchnorm(copy) == 0
+    assert_same_function(copy.proto, model, feeds_of(model))
+    first, second = (node for node in copy.graph.node if node.op_type == "BatchNormalization")
+    assert first.input[3:] == second.input[3:]  # stored once
+    assert len(copy.graph.initializer) == len(model.graph.initializer) - 2

@@ -1,0 +1,1 @@
+"""Training on the ONNX graph itself: the only importer of torch (extra ``finetune``)."""

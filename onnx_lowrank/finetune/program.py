@@ -1,0 +1,267 @@
+"""An ONNX graph as a function of its stored tensors, with gradients.
+
+Every node runs by the torch function of its operator, over a dictionary of tensors by name: a kernel that several layers read,
+or one put together by a Concat, is one parameter, and its gradients add up by themselves. What has been trained goes back into
+the same graph by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from onnx_lowrank.finetune.ops import OPS, Node, to_tensor
+from onnx_lowrank.graph.plain import PlainGraph, PlainNode
+from onnx_lowrank.types import LowRankError
+
+OLDEST = 7
+"""Operator set from which on operators broadcast as they do now."""
+
+WEIGHTS: dict[str, tuple[int, ...]] = {
+    "Add": (0, 1),
+    "BatchNormalization": (1, 2),
+    "Conv": (1, 2),
+    "ConvTranspose": (1, 2),
+    "Gemm": (1, 2),
+    "GroupNormalization": (1, 2),
+    "InstanceNormalization": (1, 2),
+    "LayerNormalization": (1, 2),
+    "MatMul": (0, 1),
+    "PRelu": (1,),
+    "RMSNormalization": (1,),
+}
+"""Inputs of operators that are weights where they are stored."""
+
+THROUGH = ("Cast", "Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators that weights may pass on their way."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Step:
+    node: Node
+    run: Callable[..., Any]
+    forget: tuple[str, ...]
+    """Tensors that nothing reads afterwards."""
+
+
+class Program:
+    """The main graph of a model as a differentiable function.
+
+    Parameters
+    ----------
+    graph
+        See :func:`onnx_lowrank.graph.plain.plain_graph`.
+    trained
+        Names of the stored tensors to train; see :func:`weights_of`.
+    widen
+        Compute half precision as float32.
+    device
+        Where tensors live: ``cpu``, ``cuda``...
+
+    Attributes
+    ----------
+    parameters
+        The trained tensors, by name.
+    statistics
+        Means and variances of BatchNormalization nodes, by name: they follow the batches under `batch_statistics`.
+
+    Raises
+    ------
+    LowRankError
+        For operators that are not in the table, with their names, and for nodes with graphs of their own.
+    """
+
+    def __init__(
+        self, graph: PlainGraph, trained: Collection[str] = (), *, widen: bool = True, device: str = "cpu"
+    ) -> None:
+        self.inputs, self.outputs, self.device = graph.inputs, graph.outputs, torch.device(device)
+        if graph.opset < OLDEST:
+            raise LowRankError(f"a model of opset {graph.opset} cannot be trained: {OLDEST} or newer was expected")
+        _refuse_unknown(graph.nodes)
+        nodes = [Node(node, graph.opset, widen) for node in graph.nodes]
+        stored = {name: to_tensor(value, widen=widen) for name, value in graph.stored.items() if _runs(value)}
+        for node in nodes:
+            if node.plain.op_type == "Constant" and node.plain.outputs[0] in trained:
+                stored[node.plain.outputs[0]] = OPS["Constant"](node)
+        if missing := set(trained) - set(stored):
+            raise LowRankError(f"the graph stores nothing called {', '.join(sorted(missing)[:3])}")
+        self.parameters = {
+            name: torch.nn.Parameter(stored[name].to(self.device)) for name in stored if name in set(trained)
+        }
+        followed = {name for node in graph.nodes if node.op_type == "BatchNormalization" for name in node.inputs[3:5]}
+        self.statistics = {name: stored[name].to(self.device) for name in stored if name in followed}
+        self._constants: Tensors = {
+            name: self._placed(value)
+            for name, value in stored.items()
+            if name not in self.parameters and name not in followed
+        }
+        self._steps = self._compiled(nodes)
+
+    def _placed(self, value: torch.Tensor) -> torch.Tensor:
+        """Whole numbers stay where the processor reads them: they are shapes and indices."""
+        return value.to(self.device) if value.is_floating_point() else value
+
+    def _compiled(self, nodes: Sequence[Node]) -> list[_Step]:
+        """Work out now what never changes; of the rest, when each tensor is read last."""
+        changing = {*self.inputs, *self.parameters, *self.statistics}
+        left: list[Node] = []
+        for node in nodes:
+            plain = node.plain
+            if set(plain.outputs) & set(self.parameters):
+                continue
+            if changing.isdisjoint(plain.inputs):
+                with torch.no_grad():
+                    outputs = _call(node, OPS[plain.op_type], self._constants)
+                self._constants |= {name: self._placed(value) for name, value in outputs.items()}
+            else:
+                changing |= set(plain.outputs)
+                left.append(node)
+        last = {name: index for index, node in enumerate(left) for name in node.plain.inputs}
+        made = {name for node in left for name in node.plain.outputs} | set(self.inputs)
+        ends: dict[int, list[str]] = {}
+        for name in made - set(self.outputs):
+            ends.setdefault(last.get(name, -1), []).append(name)
+        return [_Step(node, OPS[node.plain.op_type], tuple(ends.get(index, ()))) for index, node in enumerate(left)]
+
+    def __call__(
+        self,
+        feeds: Mapping[str, torch.Tensor],
+        keep: Collection[str] = (),
+        *,
+        instead: Mapping[str, torch.Tensor] | None = None,
+        batch_statistics: bool = False,
+    ) -> Tensors:
+        """Run the graph.
+
+        Parameters
+        ----------
+        feeds
+            A tensor for each input.
+        keep
+            Names of tensors within the graph that are wanted beside the outputs.
+        instead
+            What goes on in the place of tensors within the graph: the blocks between them become independent, each with an
+            input that others made. What the graph itself makes of these names is among the results.
+        batch_statistics
+            Normalise by each batch's own statistics, and let the stored ones follow.
+
+        Returns
+        -------
+        dict
+            The outputs and what was to be kept.
+        """
+        instead = instead or {}
+        wanted = {*self.outputs, *keep, *instead}
+        alive: Tensors = {**self._constants, **self.parameters, **self.statistics, **feeds}
+        results: Tensors = {}
+        for step in self._steps:
+            run = step.run
+            if batch_statistics and step.node.plain.op_type == "BatchNormalization":
+                run = _normalise
+            made = _call(step.node, run, alive)
+            for name, value in made.items():
+                if name in wanted:
+                    results[name] = value
+                alive[name] = instead.get(name, value)
+            for name in step.forget:
+                alive.pop(name, None)
+        for name in self.outputs:  # what never changes may be an output too
+            results.setdefault(name, alive[name])
+        return results
+
+    def values(self) -> dict[str, np.ndarray]:
+        """What may have changed, by name: parameters and statistics."""
+        return {n: v.detach().cpu().numpy().copy() for n, v in {**self.parameters, **self.statistics}.items()}
+
+    def state(self) -> Tensors:
+        """A copy of what may have changed."""
+        return {name: v.detach().clone() for name, v in {**self.parameters, **self.statistics}.items()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state` gave."""
+        with torch.no_grad():
+            for name, value in {**self.parameters, **self.statistics}.items():
+                value.copy_(state[name])
+
+    def tensors(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        """Feeds as tensors, on the device."""
+        return {name: to_tensor(value, widen=True).to(self.device) for name, value in feeds.items()}
+
+
+def weights_of(graph: PlainGraph, nodes: Collection[str] | None = None) -> tuple[str, ...]:
+    """Names of the stored tensors that are weights: kernels, biases, scales and slopes of floating point.
+
+    Parameters
+    ----------
+    nodes
+        Names of the nodes whose weights are meant; None for all.
+    """
+    producers = {out: node for node in graph.nodes for out in node.outputs}
+    found: dict[str, None] = {}
+    for node in graph.nodes:
+        if node.op_type in WEIGHTS and (nodes is None or node.name in nodes):
+            for place in WEIGHTS[node.op_type]:
+                if place < len(node.inputs):
+                    found |= dict.fromkeys(_roots(node.inputs[place], graph, producers, node.op_type == "Add"))
+    return tuple(found)
+
+
+def _roots(name: str, graph: PlainGraph, producers: Mapping[str, PlainNode], vectors: bool) -> Iterable[str]:
+    """Stored tensors that `name` is put together from; none where an input takes part."""
+    if name in graph.stored:
+        value = graph.stored[name]
+    else:
+        node = producers.get(name)
+        if node is None:
+            return ()
+        if node.op_type in THROUGH:
+            parts = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+            return [root for part in parts for root in _roots(part, graph, producers, vectors)]
+        if node.op_type != "Constant" or not isinstance(node.attributes.get("value"), np.ndarray):
+            return ()
+        value = node.attributes["value"]
+    floating = value.dtype.kind == "f" or value.dtype.name == "bfloat16"
+    return (name,) if floating and value.size > int(vectors) else ()
+
+
+def _runs(value: np.ndarray) -> bool:
+    """Whether torch has tensors of this type."""
+    return value.dtype.kind in "fiub" or value.dtype.name == "bfloat16"
+
+
+def _refuse_unknown(nodes: Iterable[PlainNode]) -> None:
+    unknown = [node for node in nodes if node.domain or node.op_type not in OPS or node.has_subgraphs]
+    if unknown:
+        titles = ", ".join(node.title for node in unknown[:3])
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise LowRankError(
+            f"the model cannot be trained: there is no gradient for {titles}{more}; leave out --finetune"
+        )
+
+
+def _call(node: Node, run: Callable[..., Any], alive: Mapping[str, torch.Tensor]) -> Tensors:
+    plain = node.plain
+    try:
+        made = run(node, *[alive[name] if name else None for name in plain.inputs])
+    except LowRankError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError) as error:
+        raise LowRankError(f"{plain.title} cannot be run for training: {error}") from error
+    outputs = made if isinstance(made, tuple) else (made,)
+    return {name: value for name, value in zip(plain.outputs, outputs, strict=False) if name}
+
+
+def _normalise(
+    node: Node, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor
+) -> torch.Tensor:
+    """BatchNormalization by the statistics of the batch; the stored ones follow in place."""
+    return F.batch_norm(
+        x, mean, variance, scale, shift, True, 1.0 - node.get("momentum", 0.9), node.get("epsilon", 1e-5)
+    )
