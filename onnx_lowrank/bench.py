@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_lowrank.calibrate import Batch
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import load_function
+from onnx_lowrank.finetune import require_torch
 from onnx_lowrank.graph.check import check_model
 from onnx_lowrank.graph.constants import external_place
 from onnx_lowrank.graph.find import model_cost
@@ -24,6 +26,7 @@ from onnx_lowrank.rewrite import LayerReport
 from onnx_lowrank.runtime import RunSettings, Session, give_back_memory
 from onnx_lowrank.sensitivity import difference
 from onnx_lowrank.subject import open_config_data, shapes_of
+from onnx_lowrank.timings import cache_folder
 from onnx_lowrank.types import LowRankError, Plan
 from onnx_lowrank.verify import (
     Accuracy,
@@ -36,6 +39,9 @@ from onnx_lowrank.verify import (
     find_metric,
     first_feeds,
 )
+
+if TYPE_CHECKING:
+    from onnx_lowrank.finetune.refine import Refiner
 
 EVALUATION_BATCH = 32
 """Samples run at a time; no figure depends on it."""
@@ -104,6 +110,24 @@ class Bench:
                 "give --evaluate DATA",
             )
         self._metric = _metric(planner.config)
+        self._refiner = self._open_refiner()
+
+    def _open_refiner(self) -> Refiner | None:
+        """What trains attempts, where they are to be trained: bad samples are told before the work."""
+        config, subject = self.planner.config, self.planner.subject
+        if config.finetune == "none":
+            return None
+        require_torch()
+        from onnx_lowrank.finetune.refine import Refiner
+
+        data = open_config_data("train", subject.inputs, config) or open_config_data(
+            "calibrate", subject.inputs, config
+        )
+        assert data is not None  # the options say so
+        cache = cache_folder()
+        checkpoints = cache / "training" if cache else None
+        with self.planner.stage("finetune"):
+            return Refiner(subject.model, data, config, self._folder, checkpoints, self.planner.progress)
 
     @property
     def _session(self) -> Session:
@@ -140,6 +164,24 @@ class Bench:
             made.append((self._difference(placed.path) if len(variants) > 1 else 0.0, placed, each, layers))
         _, placed, chosen, layers = min(made, key=lambda item: item[0])
         return self._measure(placed, chosen, layers)
+
+    def tuned(self, attempt: Attempt) -> Attempt:
+        """`attempt` trained as the options say, and measured again; its time is that of the same nodes before.
+
+        Raises
+        ------
+        LowRankError
+            For samples that cannot be trained on, or a model without gradients.
+        """
+        if self._refiner is None or not attempt.layers:
+            return attempt
+        touched = [node for layer in attempt.layers for node in layer.nodes]
+        with self.planner.stage("finetune"):
+            refined = self._refiner.refine(attempt.model or load(attempt.path), touched)
+        placed = self._place(self.planner.finished(refined.model))
+        if attempt.path in self._latencies:
+            self._latencies[placed.path] = self._latencies[attempt.path]
+        return self._measure(placed, attempt.plan.with_notes(refined.note), attempt.layers)
 
     def _difference(self, path: Path) -> float:
         """How far the outputs of a model are from the original's, on the samples that no layer was fitted to."""

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from onnx_lowrank import pipeline, runtime
 from onnx_lowrank.budgets import BUDGET_SOLVERS
-from onnx_lowrank.config import DAMAGES, METHODS, Config, make_config, read_config
+from onnx_lowrank.config import DAMAGES, METHODS, TRAINING, Config, make_config, read_config
 from onnx_lowrank.decompositions import DECOMPOSITIONS
 from onnx_lowrank.graph.save import check_destination
 from onnx_lowrank.plans import plan_to_dict
@@ -75,13 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compress", _compress, "the main job: a smaller, faster model, checked")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("out", metavar="OUT")
-    _options(sub, "goal", "layers", "graph", "data", "inputs", "latency", "work", "reports")
+    _options(sub, "goal", "layers", "graph", "data", "training", "inputs", "latency", "work", "reports")
 
     sub = command("apply", _apply, "a saved (and perhaps edited) plan, executed")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("plan_file", metavar="PLAN")
     sub.add_argument("out", metavar="OUT")
-    _options(sub, "graph", "data", "inputs", "latency", "work", "reports")
+    _options(sub, "graph", "data", "training", "inputs", "latency", "work", "reports")
 
     sub = command("verify", _verify, "accuracy, latency and placement of two models, side by side")
     sub.add_argument("model", metavar="ORIGINAL")
@@ -160,6 +160,25 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("--evaluate", {"metavar": "DATA", "help": "samples for the accuracy check, with labels or without"}),
         ("--preprocess", {"metavar": "F.toml", "help": "how pictures become inputs"}),
         ("--metric", {"metavar": "NAME", "help": f"{', '.join(METRICS)} or FILE.py:function"}),
+    ),
+    "training": (
+        ("--finetune", {"metavar": "KIND", "help": f"{', '.join(TRAINING)} (default: none); needs torch"}),
+        ("--train", {"metavar": "DATA", "help": "samples to train on (distill: default those of --calibrate)"}),
+        ("--epochs", {"type": int, "metavar": "N", "help": "times through them (default: 3,000 steps)"}),
+        ("--learning-rate", {"type": float, "metavar": "X", "help": "the highest of AdamW's (default: 0.001)"}),
+        ("--train-batch", {"type": int, "metavar": "N", "help": "samples of a step (default: 64)"}),
+        ("--augment", {"metavar": "LIST", "help": "of flip, crop, mixup; or none (default: flip,crop)"}),
+        ("--trained", {"metavar": "LIST", "help": "all, touched or patterns of tensors' names (default: all)"}),
+        ("--loss", {"metavar": "FILE.py:function", "help": "instead of cross entropy: function(outputs, labels)"}),
+        (
+            "--batch-statistics",
+            {
+                "action": argparse.BooleanOptionalAction,
+                "default": None,
+                "help": "let BatchNormalization follow the batches (default: with labels)",
+            },
+        ),
+        ("--device", {"metavar": "NAME", "help": "cpu or cuda (default: cpu)"}),
     ),
     "inputs": (
         ("--input-shape", {"action": "append", "metavar": "NAME:1,3,224,224", "help": "sizes of an input; repeatable"}),
@@ -254,7 +273,7 @@ def _providers(arguments: argparse.Namespace) -> int:
     return MET
 
 
-FILES_READ = ("other", "plan_file", "config", "calibrate", "evaluate", "preprocess")
+FILES_READ = ("other", "plan_file", "config", "calibrate", "evaluate", "train", "preprocess")
 
 
 def _check_files(arguments: argparse.Namespace, config: Config, *files: str | None) -> None:

@@ -32,6 +32,9 @@ METHODS = ("svd", "tucker2", "spatial_svd", "channel_svd", "channel_svd_in", "cp
 DAMAGES = ("output", "weights", "energy", "accuracy", "combined")
 """What a plan may count as the damage that a candidate does."""
 
+TRAINING = ("none", "distill", "labels")
+"""What `finetune` may be."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -73,6 +76,21 @@ class Config:
     fold_batchnorm
         Fold BatchNormalization into the convolution before it, at the end: a kernel is better decomposed before its
         channels are scaled.
+    finetune, train, epochs
+        ``distill`` trains the compressed graph towards the original's outputs, ``labels`` towards labels, on the samples of
+        `train` (`calibrate`, where nothing is given). None of `epochs` takes as many as make 3,000 steps.
+    device
+        What torch trains on: ``cpu``, ``cuda``...
+    augment
+        How pictures are varied: ``flip``, ``crop``, ``mixup``, ``none``; None for flips and shifts.
+    learning_rate, train_batch
+        The highest rate of AdamW, and samples of a step.
+    trained
+        Which tensors train: ``all`` weights, those that were ``touched``, or patterns of names.
+    loss
+        ``FILE.py:function(outputs, labels)`` in the place of cross entropy; torch tensors, outputs by name.
+    batch_statistics
+        Whether BatchNormalization follows the batches; None where labels are learnt.
     align
         Multiple that ranks are kept to; None takes the block size of this machine's kernels.
     provider, threads, batch_size, input_shape
@@ -99,6 +117,16 @@ class Config:
     exclude: tuple[str, ...] = ()
     group: Mapping[str, str] = field(default_factory=dict)
     fold_batchnorm: bool = False
+    finetune: str = "none"
+    train: Any = None
+    epochs: int | None = None
+    device: str = "cpu"
+    augment: tuple[str, ...] | None = None
+    learning_rate: float = 1e-3
+    train_batch: int = 64
+    trained: tuple[str, ...] = ("all",)
+    loss: str | None = None
+    batch_statistics: bool | None = None
     align: int | None = None
     provider: str = "CPUExecutionProvider"
     threads: int = 1
@@ -124,7 +152,13 @@ class Config:
         held = self.max_drop is None or 0 <= self.max_drop < math.inf
         _expect(held, f"max_drop {self.max_drop}", "a number of at least 0")
         _expect(bool(self.methods), "an empty list of methods", "at least one decomposition")
-        for name, least in (("threads", 0), ("batch_size", 1), ("jobs", 0), ("seed", 0)):
+        _expect(self.finetune in TRAINING, f"finetune '{self.finetune}'", f"one of {', '.join(TRAINING)}")
+        fed = self.train is not None or (self.finetune == "distill" and self.calibrate is not None)
+        _expect(self.finetune == "none" or fed, f"finetune {self.finetune} and no samples", "train DATA")
+        _expect(0 < self.learning_rate < math.inf, f"learning_rate {self.learning_rate:g}", "a number above 0")
+        _expect(self.epochs is None or self.epochs >= 1, f"epochs {self.epochs}", "a whole number of at least 1")
+        _expect(bool(self.trained), "an empty list of tensors to train", "all, touched or patterns")
+        for name, least in (("train_batch", 1), ("threads", 0), ("batch_size", 1), ("jobs", 0), ("seed", 0)):
             _expect(
                 getattr(self, name) >= least, f"{name} {getattr(self, name)}", f"a whole number of at least {least}"
             )
@@ -148,7 +182,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; data given as Python objects are named by their type."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("calibrate", "evaluate"):
+        for name in ("calibrate", "evaluate", "train"):
             value = plain[name]
             plain[name] = (
                 value if value is None else str(value) if isinstance(value, (str, Path)) else type(value).__name__
@@ -255,12 +289,14 @@ def _shapes(name: str, value: Any) -> dict[str, tuple[int, ...]]:
 
 READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preprocess", "metric", "objective", "recipe", "solver", "damage", "rank", "provider"), _text),
-    **dict.fromkeys(("methods", "include", "exclude"), _texts),
-    **dict.fromkeys(("threads", "batch_size", "jobs", "seed", "align"), _whole),
+    **dict.fromkeys(("finetune", "device", "loss"), _text),
+    **dict.fromkeys(("methods", "include", "exclude", "augment", "trained"), _texts),
+    **dict.fromkeys(("threads", "batch_size", "jobs", "seed", "align", "epochs", "train_batch"), _whole),
     "budget": _budgets,
     "group": _patterns,
     "max_drop": _number,
-    "fold_batchnorm": _truth,
+    "learning_rate": _number,
+    **dict.fromkeys(("fold_batchnorm", "batch_statistics"), _truth),
     "input_shape": _shapes,
 }
 """What makes an option's value from its everyday forms; the others are taken as they are."""
@@ -319,6 +355,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise LowRankError(f"{path} is not TOML ({error}): KEY = VALUE lines were expected") from error
     options = {key.replace("-", "_"): value for key, value in options.items()}
     for key, value in options.items():
-        if key in ("calibrate", "evaluate", "metric") and ".py:" in str(value):
+        if key in ("calibrate", "evaluate", "train", "metric", "loss") and ".py:" in str(value):
             raise LowRankError(f"{path}: {key} = '{value}' would execute a file: give it on the command line instead")
     return options

@@ -136,7 +136,7 @@ def apply(
     data = plan_to_dict(plan) if isinstance(plan, Plan) else read_plan(plan)
     choices = read_choices(data, planner.subject.groups)
     with open_bench(planner) as bench:
-        return _finish(bench, model, bench.attempt(planner.plan(choices)))
+        return _finish(bench, model, bench.tuned(bench.attempt(planner.plan(choices))))
 
 
 def compress(model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any) -> Result:

@@ -419,10 +419,17 @@ class Planner:
                     statistics=self.statistics if fit and self.joint else {},
                     correct=not self.policy.plain,
                 )
-        if self.config.fold_batchnorm:
-            model = model.copy() if model is subject.model else model
-            fold_batchnorm(model)
+        if self.config.finetune == "none" or not layers:  # what is trained needs them until then
+            model = self.finished(model)
         return model, layers
+
+    def finished(self, model: Model) -> Model:
+        """`model` with its normalisations folded, where that is asked for."""
+        if not self.config.fold_batchnorm:
+            return model
+        model = model.copy()
+        fold_batchnorm(model)
+        return model
 
     def _fitting(self) -> list[Batch] | None:
         """Samples that the layers are fitted on: as many as have room with all that is alive in both networks."""

@@ -133,6 +133,8 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
         if high / low < FINE:
             break
         attempt = bench.attempt(planner.solve([Budget(metric, middle)]))
+        if loss(attempt.accuracy) > config.max_drop:
+            attempt = bench.tuned(attempt)
         logger.info("%s=%.3f: drop at most %.4f", metric, middle, loss(attempt.accuracy))
         if loss(attempt.accuracy) <= config.max_drop:
             best, high = attempt, min(middle, attempt.plan.ratio(metric))

@@ -191,8 +191,11 @@ class Program:
                 value.copy_(state[name])
 
     def tensors(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        """Feeds as tensors, on the device."""
-        return {name: to_tensor(value, widen=True).to(self.device) for name, value in feeds.items()}
+        """Feeds as tensors, on the device; pictures with their channels last where that is faster."""
+        made = {name: to_tensor(value, widen=True).to(self.device) for name, value in feeds.items()}
+        if self.device.type == "cpu":  # where it is not
+            return made
+        return {n: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in made.items()}
 
 
 def weights_of(graph: PlainGraph, nodes: Collection[str] | None = None) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     """Within the budgets; under ``max_drop``, the lowest cost whose accuracy holds."""
     config = planner.config
     if config.budget:
-        return within_budgets(planner, bench)
+        return bench.tuned(within_budgets(planner, bench))
     if planner.hopeless:
         return bench.attempt(planner.dense(NOTHING_TO_GAIN))
     assert config.max_drop is not None
@@ -95,7 +95,7 @@ def search(planner: Planner, bench: Bench) -> Attempt:
             return None
         level = math.exp(-plan.error)
         predicted = line(seen)(level) if len(seen) > 1 else math.nan
-        attempt = bench.attempt(plan)
+        attempt = bench.tuned(bench.attempt(plan))
         seen.append((level, attempt.accuracy.compressed))
         foretold = "" if math.isnan(predicted) else f", {attempt.accuracy.metric} predicted {predicted:.4f}"
         notes.append(f"{metric} {cost:.3f}: A_p {level:.3g}{foretold}, measured {attempt.accuracy.compressed:.4f}")

@@ -22,5 +22,5 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     """A plan by the rank estimator, within the budgets, or as small as the accuracy allows."""
     config = planner.config
     if config.rank:
-        return bench.attempt(planner.estimated())
-    return within_budgets(planner, bench) if config.budget else within_drop(planner, bench)
+        return bench.tuned(bench.attempt(planner.estimated()))
+    return bench.tuned(within_budgets(planner, bench)) if config.budget else within_drop(planner, bench)

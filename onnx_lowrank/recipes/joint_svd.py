@@ -56,7 +56,7 @@ def policy(config: Config) -> Policy:
 
 def search(planner: Planner, bench: Bench) -> Attempt:
     """The plan of the paper."""
-    return bench.attempt(plan_of(planner))
+    return bench.tuned(bench.attempt(plan_of(planner)))
 
 
 def plan_of(planner: Planner) -> Plan:

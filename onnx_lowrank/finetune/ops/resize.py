@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from onnx_lowrank.finetune.ops.node import Node, Op, axes_of
 
-ROUND = {
+ROUND: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "round_prefer_floor": lambda x: np.ceil(x - 0.5),
     "round_prefer_ceil": lambda x: np.floor(x + 0.5),
     "floor": np.floor,
@@ -79,8 +80,8 @@ def _resize(node: Node, x: torch.Tensor, *rest: Any) -> torch.Tensor:
     if factors is not None:
         wanted = [math.floor(size * factor) for size, factor in zip(shape, factors, strict=True)]
     else:
-        node.expect(sizes is not None, "a Resize without scales and sizes")
-        wanted = [int(n) for n in sizes.tolist()]
+        wanted = node.ints("sizes", sizes) or []
+        node.expect(bool(wanted), "a Resize without scales and sizes")
         policy = node.get("keep_aspect_ratio_policy", "stretch")
         if policy != "stretch":
             ratio = (min if policy == "not_larger" else max)(w / s for w, s in zip(wanted, shape, strict=True))

@@ -1,0 +1,159 @@
+"""A compressed model trained towards the original, or towards labels, as the user's options say."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from onnx_lowrank.config import Config
+from onnx_lowrank.data import load_function
+from onnx_lowrank.data.dataset import Dataset, fixed_batch
+from onnx_lowrank.finetune.augment import augmentations
+from onnx_lowrank.finetune.blocks import block_ends
+from onnx_lowrank.finetune.losses import LabelLoss, cross_entropy
+from onnx_lowrank.finetune.program import Program, weights_of
+from onnx_lowrank.finetune.samples import Samples, read_samples
+from onnx_lowrank.finetune.train import Regularizer, Run, Settings, train
+from onnx_lowrank.graph.model import Model, serialize
+from onnx_lowrank.graph.plain import PlainGraph, plain_graph, with_values
+from onnx_lowrank.runtime import RunSettings, Session
+from onnx_lowrank.types import LowRankError, Progress
+
+AGREEMENT = 1e-2
+"""Largest difference to ONNX Runtime, relative to the largest output, with which a program is taken for the model."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A trained model, and what the samples held out said on the way."""
+
+    model: Model
+    run: Run
+
+    @property
+    def note(self) -> str:
+        """What came of it, in a line."""
+        (_, *start), best = self.run.scores[0], self.run.best
+        if not self.run.best_epoch:
+            return "training made nothing better on the samples held out: the model is as it was before"
+        was = f", accuracy from {1 - start[0]:.4f} to {1 - best.errors:.4f}" if start[0] else ""
+        return f"trained for {self.run.epoch} epochs: loss on the samples held out from {start[1]:.4g} to {best.loss:.4g}{was}"
+
+
+class Refiner:
+    """Trains models with one set of samples, which is read once.
+
+    Parameters
+    ----------
+    original
+        What is learnt from.
+    data
+        Samples; with labels where those are learnt.
+    config
+        See :class:`~onnx_lowrank.config.Config`.
+    folder
+        For samples that do not fit into memory.
+    checkpoints
+        Where an interrupted run leaves what it had; None for nowhere.
+
+    Raises
+    ------
+    LowRankError
+        For data or options that cannot be used, and models that cannot be trained.
+    """
+
+    def __init__(
+        self, original: Model, data: Dataset, config: Config, folder: Path, checkpoints: Path | None, progress: Progress
+    ) -> None:
+        if config.device != "cpu" and not torch.cuda.is_available():
+            raise LowRankError(f"device {config.device} was given: torch finds no such device here; leave out --device")
+        self._config, self._progress, self._checkpoints = config, progress, checkpoints
+        self._labels = config.finetune == "labels"
+        self._samples = read_samples(data, folder)
+        self._part = fixed_batch(data.inputs)
+        self._graph = plain_graph(original)
+        self._original = original
+        self._teacher = Program(self._graph, device=config.device)
+        self._check(self._teacher, original)
+        self._loss: LabelLoss = cross_entropy if config.loss is None else load_function(config.loss)
+
+    @property
+    def samples(self) -> Samples:
+        """All samples, those held out among them."""
+        return self._samples
+
+    def refine(
+        self,
+        model: Model,
+        touched: Collection[str],
+        *,
+        settings: Settings | None = None,
+        regularizer: Regularizer | None = None,
+    ) -> Refined:
+        """Train `model`, whose nodes called `touched` are new.
+
+        The result is never worse on the samples held out than what was given.
+        """
+        graph = plain_graph(model)
+        student = Program(graph, self._trained(graph, touched), device=self._config.device)
+        self._check(student, model)
+        settings = settings or self.settings()
+        run = train(
+            student,
+            self._teacher if not settings.labels or settings.distill else None,
+            self._samples,
+            settings,
+            ends=() if settings.labels else block_ends(self._graph, graph),
+            label_loss=self._loss,
+            regularizer=regularizer,
+            checkpoints=self._checkpoints,
+            progress=self._progress,
+        )
+        return Refined(with_values(model, student.values()) if run.best_epoch else model, run)
+
+    def settings(self) -> Settings:
+        """What the options say."""
+        config = self._config
+        return Settings(
+            labels=self._labels,
+            epochs=config.epochs,
+            batch=config.train_batch,
+            part=self._part,
+            learning_rate=config.learning_rate,
+            augment=augmentations(config.augment, labelled=self._labels),
+            batch_statistics=self._labels if config.batch_statistics is None else config.batch_statistics,
+            seed=config.seed,
+        )
+
+    def _trained(self, graph: PlainGraph, touched: Collection[str]) -> Sequence[str]:
+        """Names of the tensors to train: all weights, those of new nodes, or those that a pattern names."""
+        chosen: dict[str, None] = {}
+        for pattern in self._config.trained:
+            if pattern in ("all", "touched"):
+                found: Sequence[str] = weights_of(graph, None if pattern == "all" else touched)
+            else:
+                found = [name for name in weights_of(graph) if fnmatch.fnmatchcase(name, pattern)]
+            if not found:
+                raise LowRankError(f"nothing to train: '{pattern}' names no weight of the compressed model")
+            chosen |= dict.fromkeys(found)
+        return tuple(chosen)
+
+    def _check(self, program: Program, model: Model) -> None:
+        """See that the program is the model: nothing is trained that ONNX Runtime runs otherwise."""
+        feeds, _ = self._samples.at(np.arange(self._part or min(2, len(self._samples))))
+        expected = Session(serialize(model), RunSettings(optimize=False), folder=model.folder).run(feeds)
+        with torch.no_grad():
+            got = program(program.tensors(feeds))
+        for name, value in zip(program.outputs, expected, strict=True):
+            mine = got[name].cpu().numpy()
+            size = np.abs(value.astype(np.float64)).max() if value.size else 0.0
+            same = mine.shape == value.shape and np.allclose(mine, value, rtol=0, atol=AGREEMENT * size + 1e-6)
+            if not same:
+                raise LowRankError(
+                    f"output '{name}' comes out otherwise than in ONNX Runtime: please report this; leave out --finetune"
+                )
