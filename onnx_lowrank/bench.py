@@ -110,7 +110,7 @@ class Bench:
                 "give --evaluate DATA",
             )
         self._metric = _metric(planner.config)
-        self._refiner = self._open_refiner()
+        self.refiner = self._open_refiner()
 
     def _open_refiner(self) -> Refiner | None:
         """What trains attempts, where they are to be trained: bad samples are told before the work."""
@@ -173,11 +173,11 @@ class Bench:
         LowRankError
             For samples that cannot be trained on, or a model without gradients.
         """
-        if self._refiner is None or not attempt.layers:
+        if self.refiner is None or not attempt.layers:
             return attempt
         touched = [node for layer in attempt.layers for node in layer.nodes]
         with self.planner.stage("finetune"):
-            refined = self._refiner.refine(attempt.model or load(attempt.path), touched)
+            refined = self.refiner.refine(attempt.model or load(attempt.path), touched)
         placed = self._place(self.planner.finished(refined.model))
         if attempt.path in self._latencies:
             self._latencies[placed.path] = self._latencies[attempt.path]
@@ -273,7 +273,10 @@ class Bench:
 def open_bench(planner: Planner) -> Iterator[Bench]:
     """A bench with a scratch folder, which goes when the work is done."""
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-        yield Bench(planner, Path(folder))
+        bench = Bench(planner, Path(folder))
+        yield bench
+        if bench.refiner is not None:  # all is done: nothing to go on from
+            bench.refiner.close()
 
 
 def _metric(config: Config) -> tuple[str | None, CustomMetric | None]:

@@ -178,6 +178,10 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
                 "help": "let BatchNormalization follow the batches (default: with labels)",
             },
         ),
+        (
+            "--orthogonality",
+            {"type": float, "metavar": "X", "help": "weight of it in the recipe orthogonal (default: 1; 0: none)"},
+        ),
         ("--device", {"metavar": "NAME", "help": "cpu or cuda (default: cpu)"}),
     ),
     "inputs": (

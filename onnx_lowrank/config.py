@@ -91,6 +91,8 @@ class Config:
         ``FILE.py:function(outputs, labels)`` in the place of cross entropy; torch tensors, outputs by name.
     batch_statistics
         Whether BatchNormalization follows the batches; None where labels are learnt.
+    orthogonality
+        What the distance of factors from orthogonal ones counts in the recipe ``orthogonal``.
     align
         Multiple that ranks are kept to; None takes the block size of this machine's kernels.
     provider, threads, batch_size, input_shape
@@ -127,6 +129,7 @@ class Config:
     trained: tuple[str, ...] = ("all",)
     loss: str | None = None
     batch_statistics: bool | None = None
+    orthogonality: float = 1.0
     align: int | None = None
     provider: str = "CPUExecutionProvider"
     threads: int = 1
@@ -157,6 +160,7 @@ class Config:
         _expect(self.finetune == "none" or fed, f"finetune {self.finetune} and no samples", "train DATA")
         _expect(0 < self.learning_rate < math.inf, f"learning_rate {self.learning_rate:g}", "a number above 0")
         _expect(self.epochs is None or self.epochs >= 1, f"epochs {self.epochs}", "a whole number of at least 1")
+        _expect(0 <= self.orthogonality < math.inf, f"orthogonality {self.orthogonality:g}", "a number of at least 0")
         _expect(bool(self.trained), "an empty list of tensors to train", "all, touched or patterns")
         for name, least in (("train_batch", 1), ("threads", 0), ("batch_size", 1), ("jobs", 0), ("seed", 0)):
             _expect(
@@ -295,7 +299,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "budget": _budgets,
     "group": _patterns,
     "max_drop": _number,
-    "learning_rate": _number,
+    **dict.fromkeys(("learning_rate", "orthogonality"), _number),
     **dict.fromkeys(("fold_batchnorm", "batch_statistics"), _truth),
     "input_shape": _shapes,
 }

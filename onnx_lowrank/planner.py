@@ -28,7 +28,18 @@ from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
 from onnx_lowrank.sensitivity import agreeing, interpolated, measured
 from onnx_lowrank.subject import Subject, open_config_data
-from onnx_lowrank.types import Budget, Candidate, Cost, Layer, LayerStatistics, Metric, Plan, Progress, Skip
+from onnx_lowrank.types import (
+    Budget,
+    Candidate,
+    Cost,
+    Factorization,
+    Layer,
+    LayerStatistics,
+    Metric,
+    Plan,
+    Progress,
+    Skip,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -398,6 +409,11 @@ class Planner:
         self._refused = tuple(item for item in made if isinstance(item, Skip))
         groups = self.subject.groups
         return self.plan([g.dense if isinstance(m, Skip) else m for g, m in zip(groups, made, strict=True)])
+
+    def take(self, choice: Candidate, made: Factorization) -> None:
+        """Let `choice` be carried out with kernels made elsewhere, where nothing is fitted to samples."""
+        self._cache = self._cache or FactorCache()
+        self._cache.put(choice, made)
 
     def carry_out(self, plan: Plan, *, fit: bool = True) -> tuple[Model, tuple[LayerReport, ...]]:
         """The rewritten model, and what became of its layers; without `fit` by the weights alone."""

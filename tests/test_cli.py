@@ -271,7 +271,7 @@ BAD_INPUT = [
     (COMPRESS + "--config out", "out cannot be read"),
     (COMPRESS + "--config text.toml", "text.toml is not TOML"),
     (COMPRESS + "--config latin.toml", "latin.toml is not TOML"),
-    (COMPRESS + "--config unknown.toml", "option 'bugdet' was given: one of align, batch_size, budget"),
+    (COMPRESS + "--config unknown.toml", "option 'bugdet' was given: one of align, augment, batch_size"),
     (COMPRESS + "--config code.toml", "code.toml: metric = .* would execute a file"),
     (COMPRESS + "--config more_code.toml", "more_code.toml: evaluate = .* would execute a file"),
     (COMPRESS + "--config number.toml", "budget 5 was given"),

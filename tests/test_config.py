@@ -110,7 +110,7 @@ def test_an_option_may_be_given_in_everyday_forms(name: str, forms: list[Any], v
         ("input_shape", 3, "input_shape 3 was given"),
         ("input_shape", "x", "input shape 'x' was given: NAME:SIZES"),
         ("input_shape", ":1,3", "input shape ':1,3' was given: NAME:SIZES"),
-        ("rankk", "vbmf", "option 'rankk' was given: one of align, .*, threads was expected"),
+        ("rankk", "vbmf", "option 'rankk' was given: one of align, .*, trained was expected"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(name: str, value: Any, match: str) -> None:

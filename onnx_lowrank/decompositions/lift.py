@@ -124,6 +124,38 @@ def factorize(
     )
 
 
+def compose(stages: Chain, kernels: Sequence[np.ndarray]) -> np.ndarray:
+    """The kernel that a chain of one layer computes, of plain convolutions: the inverse of :func:`factorize` at full rank.
+
+    Parameters
+    ----------
+    stages, kernels
+        Of one layer without groups, not transposed. Every spatial axis is spanned by one stage alone.
+
+    Returns
+    -------
+    ndarray
+        (O, I, *spatial), in float64.
+    """
+    total: np.ndarray | None = None
+    for stage, kernel in zip(stages, kernels, strict=True):
+        step = _without_groups(np.asarray(kernel, dtype=np.float64), stage.spec.group)
+        total = step if total is None else np.einsum("oc...,ci...->oi...", step, total)
+    assert total is not None
+    return total
+
+
+def _without_groups(kernel: np.ndarray, group: int) -> np.ndarray:
+    """A kernel in ONNX order as (O, I, *spatial), with zeros between its groups."""
+    if group == 1:
+        return kernel
+    rows, columns = kernel.shape[0] // group, kernel.shape[1]
+    dense = np.zeros((kernel.shape[0], columns * group, *kernel.shape[2:]))
+    for g in range(group):
+        dense[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] = kernel[g * rows : (g + 1) * rows]
+    return dense
+
+
 def _groups(specs: Sequence[ConvSpec], weights: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     """For each group, the weight of each layer restricted to it."""
     group = specs[0].group

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -50,3 +50,20 @@ def cross_entropy(outputs: Tensors, labels: torch.Tensor) -> torch.Tensor:
 def hits(outputs: Tensors, labels: torch.Tensor) -> torch.Tensor:
     """How many of the first output's rows are largest at their label."""
     return (next(iter(outputs.values())).flatten(1).argmax(1) == labels).sum()
+
+
+def orthogonality(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How far factors are from orthonormal: the sum of ``||G - I||^2 / r^2``, G the (r, r) Gram matrix of the shorter side.
+
+    References
+    ----------
+    Yang, Tang, Wen, Yan, Hu, Li, Li & Chen (2020), "Learning low-rank deep neural networks via singular vector orthogonality
+    regularization and singular value sparsification", equation 4.
+    """
+    total = []
+    for factor in factors:
+        matrix = factor.flatten(1)
+        matrix = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+        gram = matrix @ matrix.T
+        total.append((gram - torch.eye(len(gram), device=gram.device)).square().sum() / len(gram) ** 2)
+    return torch.stack(total).sum()

@@ -209,7 +209,7 @@ def weights_of(graph: PlainGraph, nodes: Collection[str] | None = None) -> tuple
     producers = {out: node for node in graph.nodes for out in node.outputs}
     found: dict[str, None] = {}
     for node in graph.nodes:
-        if node.op_type in WEIGHTS and (nodes is None or node.name in nodes):
+        if node.op_type in WEIGHTS and (nodes is None or node.key in nodes):
             for place in WEIGHTS[node.op_type]:
                 if place < len(node.inputs):
                     found |= dict.fromkeys(_roots(node.inputs[place], graph, producers, node.op_type == "Add"))

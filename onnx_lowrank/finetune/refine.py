@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ from onnx_lowrank.data import load_function
 from onnx_lowrank.data.dataset import Dataset, fixed_batch
 from onnx_lowrank.finetune.augment import augmentations
 from onnx_lowrank.finetune.blocks import block_ends
-from onnx_lowrank.finetune.losses import LabelLoss, cross_entropy
+from onnx_lowrank.finetune.losses import LabelLoss, cross_entropy, orthogonality
 from onnx_lowrank.finetune.program import Program, weights_of
 from onnx_lowrank.finetune.samples import Samples, read_samples
-from onnx_lowrank.finetune.train import Regularizer, Run, Settings, train
+from onnx_lowrank.finetune.train import Run, Settings, look, train
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.plain import PlainGraph, plain_graph, with_values
 from onnx_lowrank.runtime import RunSettings, Session
@@ -80,6 +81,8 @@ class Refiner:
         self._original = original
         self._teacher = Program(self._graph, device=config.device)
         self._check(self._teacher, original)
+        self._salt = hashlib.sha256(serialize(original) + repr((config.loss, config.finetune)).encode()).hexdigest()
+        self._left: set[Path] = set()
         self._loss: LabelLoss = cross_entropy if config.loss is None else load_function(config.loss)
 
     @property
@@ -93,16 +96,24 @@ class Refiner:
         touched: Collection[str],
         *,
         settings: Settings | None = None,
-        regularizer: Regularizer | None = None,
+        orthogonal: Collection[str] = (),
+        weight: float = 0.0,
     ) -> Refined:
         """Train `model`, whose nodes called `touched` are new.
 
-        The result is never worse on the samples held out than what was given.
+        The result is never worse on the samples held out than what was given, unless the settings keep the last weights.
+
+        Parameters
+        ----------
+        orthogonal, weight
+            Names of factors to keep orthogonal, and what their distance from it counts; see
+            :func:`onnx_lowrank.finetune.losses.orthogonality`.
         """
         graph = plain_graph(model)
         student = Program(graph, self._trained(graph, touched), device=self._config.device)
         self._check(student, model)
         settings = settings or self.settings()
+        factors = [student.parameters[name] for name in orthogonal]
         run = train(
             student,
             self._teacher if not settings.labels or settings.distill else None,
@@ -110,11 +121,25 @@ class Refiner:
             settings,
             ends=() if settings.labels else block_ends(self._graph, graph),
             label_loss=self._loss,
-            regularizer=regularizer,
+            regularizer=(lambda parameters: weight * orthogonality(factors)) if factors and weight else None,
+            watch=(lambda: float(orthogonality(factors).detach())) if factors else None,
             checkpoints=self._checkpoints,
+            salt=f"{self._salt} {sorted(orthogonal)} {weight}",
+            keep=True,
             progress=self._progress,
         )
+        if run.checkpoint:
+            self._left.add(run.checkpoint)
         return Refined(with_values(model, student.values()) if run.best_epoch else model, run)
+
+    def distance(self, model: Model) -> float:
+        """How far the outputs of `model` are from the original's, as a share of their energy, on the samples held out."""
+        return look(Program(plain_graph(model), device=self._config.device), self._teacher, self._samples).loss
+
+    def close(self) -> None:
+        """Let go of what an interrupted run would have gone on from."""
+        for path in self._left:
+            path.unlink(missing_ok=True)
 
     def settings(self) -> Settings:
         """What the options say."""

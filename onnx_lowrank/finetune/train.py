@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ WARM_UP = 0.05
 LARGEST_STEP = 5.0
 """Gradients of a larger norm are scaled down to it: chains of factors have steep walls."""
 
-KEPT = 8
+KEPT = 64
 """Checkpoints of other trainings that stay."""
 
 LOOK_BATCH = 250
@@ -82,6 +82,8 @@ class Settings:
     augment: tuple[str, ...] = ()
     batch_statistics: bool = False
     seed: int = 0
+    keep_last: bool = False
+    """End with the last weights, not with the best that the samples held out saw."""
 
 
 @dataclass(frozen=True, order=True)
@@ -102,6 +104,10 @@ class Run:
     epoch: int = 0
     best_epoch: int = 0
     scores: list[tuple[int, float, float]] = field(default_factory=list)
+    watched: list[float] = field(default_factory=list)
+    """What `watch` gave at each look."""
+    checkpoint: Path | None = None
+    """The file that was kept."""
 
     @property
     def best(self) -> Score:
@@ -117,7 +123,10 @@ def train(
     ends: Sequence[str] = (),
     label_loss: LabelLoss = cross_entropy,
     regularizer: Regularizer | None = None,
+    watch: Callable[[], float] | None = None,
     checkpoints: Path | None = None,
+    salt: str = "",
+    keep: bool = False,
     progress: Progress,
 ) -> Run:
     """Train the parameters of `student` in place, and leave it at the best that the samples held out saw, the start included.
@@ -132,11 +141,13 @@ def train(
         Tensors of both networks at the ends of blocks.
     label_loss
         What is made small where labels are learnt.
-    regularizer
-        Added to the loss.
+    regularizer, watch
+        Added to the loss; and a figure to note at each look.
     checkpoints
         A folder with a file for each training that was interrupted, which goes on from its last look at the samples held
-        out. The file goes at the end; of others the latest ``KEPT`` stay.
+        out. The file goes at the end unless it is to be kept for a longer work to go on from; the latest ``KEPT`` stay.
+    salt
+        Whatever else decides about the course of this training than weights, samples and settings.
 
     Returns
     -------
@@ -148,14 +159,22 @@ def train(
     LowRankError
         Where there are too few samples, or labels are missing.
     """
-    trainer = _Trainer(student, teacher, samples, settings, tuple(ends), label_loss, regularizer)
-    key = trainer.key() if checkpoints else ""
+    trainer = _Trainer(student, teacher, samples, settings, tuple(ends), label_loss, regularizer, watch)
+    key = trainer.key(salt) if checkpoints else ""
     checkpoint = checkpoints / f"{key[:24]}.pt" if checkpoints else None
     run = trainer.run(checkpoint, key, progress)
     if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+        if keep:
+            run.checkpoint = checkpoint
+        else:
+            checkpoint.unlink(missing_ok=True)
         _prune(checkpoint.parent)
     return run
+
+
+def look(student: Program, teacher: Program, samples: Samples) -> Score:
+    """How far a network is from the original on the samples held out."""
+    return _Trainer(student, teacher, samples, Settings(), (), cross_entropy, None, None).score()
 
 
 class _Trainer:
@@ -168,11 +187,12 @@ class _Trainer:
         ends: tuple[str, ...],
         label_loss: LabelLoss,
         regularizer: Regularizer | None,
+        watch: Callable[[], float] | None,
     ) -> None:
         if settings.labels and samples.labels is None:
             raise LowRankError("--finetune labels takes samples with labels: give --train DATA with labels")
         self._student, self._teacher, self._samples, self._settings = student, teacher, samples, settings
-        self._ends, self._label_loss, self._regularizer = ends, label_loss, regularizer
+        self._ends, self._label_loss, self._regularizer, self._watch = ends, label_loss, regularizer, watch
         self._rows, self._held = samples.split()
         self._batch = min(settings.batch, len(self._rows))
         self._steps = batches_of(len(self._rows), self._batch)
@@ -228,9 +248,10 @@ class _Trainer:
         resumed = _load(checkpoint, key) if checkpoint else None
         if resumed is None:
             start = self.score()
-            run.scores.append((0, start.errors, start.loss))
+            self._note(run, start)
         else:
-            run = Run(resumed["epoch"], resumed["best_epoch"], [tuple(score) for score in resumed["scores"]])
+            scores = [tuple(score) for score in resumed["scores"]]
+            run = Run(resumed["epoch"], resumed["best_epoch"], scores, resumed["watched"])
             best = resumed["best"]
             self._student.restore(resumed["student"])
             self._optimizer.load_state_dict(resumed["optimizer"])
@@ -246,9 +267,9 @@ class _Trainer:
             if run.epoch % every and run.epoch != self._epochs:
                 continue
             score, previous = self.score(), run.best
-            run.scores.append((run.epoch, score.errors, score.loss))
+            self._note(run, score)
             logger.info("epoch %d of %d: %s", run.epoch, self._epochs, score)
-            if score < previous:
+            if score < previous or self._settings.keep_last:
                 best, run.best_epoch = self._student.state(), run.epoch
             if checkpoint:
                 _save(checkpoint, key, run, best, self._student.state(), self._optimizer.state_dict())
@@ -258,6 +279,11 @@ class _Trainer:
         self._student.restore(best)
         progress("finetune", total, total)
         return run
+
+    def _note(self, run: Run, score: Score) -> None:
+        run.scores.append((run.epoch, score.errors, score.loss))
+        if self._watch is not None:
+            run.watched.append(self._watch())
 
     def _step(self, epoch: int, number: int, total: int, rows: np.ndarray) -> None:
         for group in self._optimizer.param_groups:
@@ -308,9 +334,9 @@ class _Trainer:
         cuda = self._student.device.type == "cuda"
         return torch.autocast("cuda", dtype=torch.bfloat16) if cuda else nullcontext()
 
-    def key(self) -> str:
+    def key(self, salt: str) -> str:
         """Names all that decides about the course of this training."""
-        digest = hashlib.sha256(repr((replace(self._settings), self._epochs, self._ends, torch.__version__)).encode())
+        digest = hashlib.sha256(repr((self._settings, self._epochs, self._ends, torch.__version__, salt)).encode())
         arrays = {**self._student.values(), **self._samples.arrays}
         for name, array in arrays.items():
             digest.update(name.encode() + repr((array.dtype.str, array.shape)).encode())
@@ -346,6 +372,7 @@ def _save(
             "epoch": run.epoch,
             "best_epoch": run.best_epoch,
             "scores": run.scores,
+            "watched": run.watched,
             "best": dict(best),
             "student": dict(student),
             "optimizer": optimizer,

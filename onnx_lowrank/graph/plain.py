@@ -30,6 +30,11 @@ class PlainNode:
     has_subgraphs: bool
 
     @property
+    def key(self) -> str:
+        """Its name, or its first output's: what reports call it."""
+        return self.name or self.outputs[0]
+
+    @property
     def title(self) -> str:
         """What messages call it."""
         kind = f"{self.domain}:{self.op_type}" if self.domain else self.op_type

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from onnx_lowrank.bench import Attempt, Bench
 from onnx_lowrank.config import Config
 from onnx_lowrank.planner import Planner, Policy
-from onnx_lowrank.recipes import automatic_rank, default, joint_svd
+from onnx_lowrank.recipes import automatic_rank, default, joint_svd, orthogonal, vbmf_cp
 from onnx_lowrank.types import member_of
 
 
@@ -34,6 +34,8 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(default.configure, default.policy, default.search),
     "joint_svd": Recipe(joint_svd.configure, joint_svd.policy, joint_svd.search),
+    "vbmf_cp": Recipe(vbmf_cp.configure, vbmf_cp.policy, vbmf_cp.search),
+    "orthogonal": Recipe(orthogonal.configure, orthogonal.policy, orthogonal.search),
     "automatic_rank": Recipe(automatic_rank.configure, automatic_rank.policy, automatic_rank.search),
 }
 
