@@ -38,7 +38,9 @@ _NETWORKS: dict[str, Callable[[str, Weights], gs.Graph]] = {
     "resnet34_cifar10": partial(resnet.cifar_wide, repeats=(3, 4, 6, 3), classes=10),
     "resnet34_cifar100": partial(resnet.cifar_wide, repeats=(3, 4, 6, 3), classes=100),
     "vgg16_cifar10": vgg.cifar10,
+    "vgg_small_cifar10": vgg.cifar10_small,
     "alexnet_cifar10": alexnet.cifar10,
+    "alexnet_half_cifar10": partial(alexnet.cifar10, part=2),
 }
 NAMES = tuple(_NETWORKS)
 

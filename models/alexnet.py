@@ -23,17 +23,22 @@ def imagenet(name: str, weights: Weights) -> gs.Graph:
     return layers.finish(graph, graph.gemm(x, "fc3", weights, 1000))
 
 
-def cifar10(name: str, weights: Weights) -> gs.Graph:
-    """32 x 32 pictures, 10 classes, 2,472,266 parameters: the same convolutions and one fully connected layer."""
+def cifar10(name: str, weights: Weights, part: int = 1) -> gs.Graph:
+    """32 x 32 pictures, 10 classes, 2,472,266 parameters: the same convolutions and one fully connected layer.
+
+    With `part` 2, half the channels: 624,810 parameters.
+    """
     graph, x = layers.start(name, (3, 32, 32))
-    x = _features(graph, x, weights, first_pad=5, pool=2)
+    x = _features(graph, x, weights, first_pad=5, pool=2, part=part)
     return layers.finish(graph, graph.gemm(graph.flatten(x, "flatten"), "fc", weights, 10))
 
 
-def _features(graph: gs.Graph, x: gs.Variable, weights: Weights, first_pad: int, pool: int) -> gs.Variable:
+def _features(
+    graph: gs.Graph, x: gs.Variable, weights: Weights, first_pad: int, pool: int, part: int = 1
+) -> gs.Variable:
     plan = ((64, 11, 4, first_pad), (192, 5, 1, 2), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
     for index, (channels, kernel, stride, pad) in enumerate(plan, 1):
-        x = graph.conv(x, f"conv{index}", weights, channels, kernel, stride, pad, bias=True)
+        x = graph.conv(x, f"conv{index}", weights, channels // part, kernel, stride, pad, bias=True)
         x = graph.relu(x, f"conv{index}.relu")
         if index in (1, 2, 5):
             x = graph.max_pool(x, f"pool{index}", pool, 2)

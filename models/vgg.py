@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from models import layers
 from models.layers import Weights
 
+SMALL_STAGES = ((32, 2), (64, 2), (128, 2))
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
@@ -31,8 +32,19 @@ def cifar10(name: str, weights: Weights) -> gs.Graph:
     return layers.finish(graph, graph.gemm(x, "fc", weights, 10))
 
 
-def _features(graph: gs.Graph, x: gs.Variable, weights: Weights, normalized: bool) -> gs.Variable:
-    for stage, (channels, repeats) in enumerate(STAGES, 1):
+def cifar10_small(name: str, weights: Weights) -> gs.Graph:
+    """32 x 32 pictures, 10 classes: six convolutions in three stages, in the same style; 289,194 parameters."""
+    graph, x = layers.start(name, (3, 32, 32))
+    x = _features(graph, x, weights, normalized=True, stages=SMALL_STAGES)
+    return layers.finish(
+        graph, graph.gemm(graph.flatten(graph.global_average_pool(x, "avgpool"), "flatten"), "fc", weights, 10)
+    )
+
+
+def _features(
+    graph: gs.Graph, x: gs.Variable, weights: Weights, normalized: bool, stages: tuple[tuple[int, int], ...] = STAGES
+) -> gs.Variable:
+    for stage, (channels, repeats) in enumerate(stages, 1):
         for index in range(1, repeats + 1):
             place = f"{stage}_{index}"
             x = graph.conv(x, f"conv{place}", weights, channels, 3, pad=1, bias=True)

@@ -165,7 +165,10 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("--finetune", {"metavar": "KIND", "help": f"{', '.join(TRAINING)} (default: none); needs torch"}),
         ("--train", {"metavar": "DATA", "help": "samples to train on (distill: default those of --calibrate)"}),
         ("--epochs", {"type": int, "metavar": "N", "help": "times through them (default: 3,000 steps)"}),
-        ("--learning-rate", {"type": float, "metavar": "X", "help": "the highest of AdamW's (default: 0.001)"}),
+        (
+            "--learning-rate",
+            {"type": float, "metavar": "X", "help": "the highest of AdamW's (default: 0.0003 to distill, 0.001)"},
+        ),
         ("--train-batch", {"type": int, "metavar": "N", "help": "samples of a step (default: 64)"}),
         ("--augment", {"metavar": "LIST", "help": "of flip, crop, mixup; or none (default: flip,crop)"}),
         ("--trained", {"metavar": "LIST", "help": "all, touched or patterns of tensors' names (default: all)"}),

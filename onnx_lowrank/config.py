@@ -84,7 +84,7 @@ class Config:
     augment
         How pictures are varied: ``flip``, ``crop``, ``mixup``, ``none``; None for flips and shifts.
     learning_rate, train_batch
-        The highest rate of AdamW, and samples of a step.
+        The highest rate of AdamW, and samples of a step; None takes 0.0003 to distill and 0.001 for labels.
     trained
         Which tensors train: ``all`` weights, those that were ``touched``, or patterns of names.
     loss
@@ -124,7 +124,7 @@ class Config:
     epochs: int | None = None
     device: str = "cpu"
     augment: tuple[str, ...] | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     train_batch: int = 64
     trained: tuple[str, ...] = ("all",)
     loss: str | None = None
@@ -158,7 +158,8 @@ class Config:
         _expect(self.finetune in TRAINING, f"finetune '{self.finetune}'", f"one of {', '.join(TRAINING)}")
         fed = self.train is not None or (self.finetune == "distill" and self.calibrate is not None)
         _expect(self.finetune == "none" or fed, f"finetune {self.finetune} and no samples", "train DATA")
-        _expect(0 < self.learning_rate < math.inf, f"learning_rate {self.learning_rate:g}", "a number above 0")
+        rate = self.learning_rate
+        _expect(rate is None or 0 < rate < math.inf, f"learning_rate {rate}", "a number above 0")
         _expect(self.epochs is None or self.epochs >= 1, f"epochs {self.epochs}", "a whole number of at least 1")
         _expect(0 <= self.orthogonality < math.inf, f"orthogonality {self.orthogonality:g}", "a number of at least 0")
         _expect(bool(self.trained), "an empty list of tensors to train", "all, touched or patterns")

@@ -46,6 +46,7 @@ from onnx_lowrank.rewrite import rewrite
 from onnx_lowrank.runtime import RunSettings, Session, time_pair
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Candidate, LayerStatistics, LowRankError, Plan, no_progress
+from tools.cifar import inputs, lossless
 
 Feeds = dict[str, np.ndarray]
 Samples = list[Any]
@@ -88,11 +89,8 @@ def cifar(scaled: bool) -> Callable[[Path], tuple[Samples, Samples]]:
     def load(data: Path) -> tuple[Samples, Samples]:
         parts = []
         for file in ("train_2000.npz", "test_500.npz"):
-            with np.load(data / "cifar10" / file) as archive:
-                pictures, labels = archive["images"].astype(np.float32), archive["labels"]
-            if scaled:
-                pictures = (pictures / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-            parts.append((np.ascontiguousarray(pictures.transpose(0, 3, 1, 2), dtype=np.float32), labels))
+            pictures, labels = lossless(data / "cifar10" / file)
+            parts.append((inputs(pictures, scaled=scaled), labels))
         (train, _), (test, labels) = parts
         return batches("input", train), batches("input", test, labels)
 

@@ -26,6 +26,7 @@ from onnx_lowrank.config import METHODS, make_config
 from onnx_lowrank.decompositions.joint_svd import ALTERNATIONS, JointBoth
 from onnx_lowrank.runtime import RunSettings, Session, time_pair
 from onnx_lowrank.subject import open_subject
+from tools.cifar import inputs, lossless
 
 JOINT = ("joint_left", "joint_right", "joint_both")
 SPATIAL = ("svd", "spatial_svd")
@@ -39,9 +40,8 @@ WAYS = {
 
 
 def pictures(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(file) as archive:
-        scaled = (archive["images"].astype(np.float32) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), dtype=np.float32), archive["labels"]
+    images, labels = lossless(file)
+    return inputs(images), labels
 
 
 def accuracies(data: Path, out: Path, params: float, ways: list[str]) -> None:

@@ -26,6 +26,7 @@ from onnx_lowrank.planner import Planner
 from onnx_lowrank.recipes import find_recipe
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Budget, Cost, no_progress
+from tools.cifar import inputs, lossless
 
 ENC = {"recipe": "automatic_rank"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -40,9 +41,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def pictures(file: Path) -> dict[str, np.ndarray]:
-    with np.load(file) as archive:
-        scaled = (archive["images"].astype(np.float32) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-        return {"input": scaled.transpose(0, 3, 1, 2).astype(np.float32), "labels": archive["labels"]}
+    images, labels = lossless(file)
+    return {"input": inputs(images), "labels": labels}
 
 
 def batches(data: dict[str, np.ndarray], size: int = 50) -> list[Any]:

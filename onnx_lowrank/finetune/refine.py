@@ -28,6 +28,9 @@ from onnx_lowrank.types import LowRankError, Progress
 AGREEMENT = 1e-2
 """Largest difference to ONNX Runtime, relative to the largest output, with which a program is taken for the model."""
 
+DISTILL_RATE, LABELS_RATE = 3e-4, 1e-3
+"""Highest learning rates where none is given. Chains that were fitted to data are near an optimum, which a high one upsets."""
+
 
 @dataclass(frozen=True)
 class Refined:
@@ -149,7 +152,7 @@ class Refiner:
             epochs=config.epochs,
             batch=config.train_batch,
             part=self._part,
-            learning_rate=config.learning_rate,
+            learning_rate=config.learning_rate or (LABELS_RATE if self._labels else DISTILL_RATE),
             augment=augmentations(config.augment, labelled=self._labels),
             batch_statistics=self._labels if config.batch_statistics is None else config.batch_statistics,
             seed=config.seed,

@@ -192,7 +192,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from tests.finetune.test_training import Settings, small, train, weights
+from tests.finetune.test_training import Settings, small, torch, train, weights
+torch.set_num_threads(1)
 last = int(sys.argv[2])
 def progress(stage, done, total):
     if done == last:
