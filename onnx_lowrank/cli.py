@@ -320,8 +320,9 @@ def _progress(arguments: argparse.Namespace) -> Any:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+            name = stage.partition(": ")[0]  # what follows may change: how well it goes
+            if name not in tasks:
+                tasks[name] = bars.add_task(stage, total=total)
+            bars.update(tasks[name], completed=done, total=total, description=stage)
 
         yield report

@@ -504,7 +504,7 @@ class InputSpec:
 
 
 Progress = Callable[[str, int, int], None]
-"""Called as ``progress(stage, done, total)`` while long work goes on."""
+"""Called as ``progress(stage, done, total)`` while long work goes on; a stage may say more after a colon and a space."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:

@@ -23,8 +23,7 @@ def jpeg(file: Path) -> tuple[np.ndarray, np.ndarray]:
     with np.load(file) as archive:
         data, ends, labels = archive["jpeg"].tobytes(), archive["offsets"], archive["labels"]
     pictures = [
-        np.asarray(Image.open(io.BytesIO(data[first:last])).convert("RGB"))
-        for first, last in itertools.pairwise(ends)
+        np.asarray(Image.open(io.BytesIO(data[first:last])).convert("RGB")) for first, last in itertools.pairwise(ends)
     ]
     return np.stack(pictures), labels
 

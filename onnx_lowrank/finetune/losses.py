@@ -42,6 +42,10 @@ def cross_entropy(outputs: Tensors, labels: torch.Tensor) -> torch.Tensor:
             f"{tuple(labels.shape)}: give a loss of your own (--loss FILE.py:function)"
         )
     scores = logits.flatten(1)
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]:
+        raise LowRankError(
+            f"labels from {int(labels.min())} to {int(labels.max())} were given: the model has {scores.shape[1]} classes, from 0 on"
+        )
     sums = scores.detach().sum(1)
     probabilities = bool((scores.detach() >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
     return F.nll_loss(torch.log(scores + TINY), labels) if probabilities else F.cross_entropy(scores, labels)

@@ -49,6 +49,24 @@ class Refined:
         return f"trained for {self.run.epoch} epochs: loss on the samples held out from {start[1]:.4g} to {best.loss:.4g}{was}"
 
 
+def _guarded(name: str) -> LabelLoss:
+    """The user's own loss, whose errors are told as such."""
+    function = load_function(name)
+
+    def guarded(outputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        try:
+            loss = function(outputs, labels)
+        except Exception as error:
+            raise LowRankError(f"loss {name} raised {type(error).__name__}: {error}") from error
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise LowRankError(
+                f"loss {name} returned {type(loss).__name__}: a torch tensor with one number was expected"
+            )
+        return loss
+
+    return guarded
+
+
 class Refiner:
     """Trains models with one set of samples, which is read once.
 
@@ -86,7 +104,7 @@ class Refiner:
         self._check(self._teacher, original)
         self._salt = hashlib.sha256(serialize(original) + repr((config.loss, config.finetune)).encode()).hexdigest()
         self._left: set[Path] = set()
-        self._loss: LabelLoss = cross_entropy if config.loss is None else load_function(config.loss)
+        self._loss: LabelLoss = cross_entropy if config.loss is None else _guarded(config.loss)
 
     @property
     def samples(self) -> Samples:
@@ -177,6 +195,10 @@ class Refiner:
         expected = Session(serialize(model), RunSettings(optimize=False), folder=model.folder).run(feeds)
         with torch.no_grad():
             got = program(program.tensors(feeds))
+        if not self._labels and not any(got[name].is_floating_point() for name in program.outputs):
+            raise LowRankError(
+                "no output of the model is of floating point: there is nothing to distill, give --finetune labels"
+            )
         for name, value in zip(program.outputs, expected, strict=True):
             mine = got[name].cpu().numpy()
             size = np.abs(value.astype(np.float64)).max() if value.size else 0.0

@@ -262,7 +262,7 @@ class _Trainer:
             rows = shuffled(self._rows, self._batch, [self._settings.seed, 1, epoch])
             for number, batch in enumerate(rows):
                 self._step(epoch, epoch * self._steps + number, total, batch)
-                progress("finetune", epoch * self._steps + number + 1, total)
+                progress(f"finetune: {run.best}", epoch * self._steps + number + 1, total)
             run.epoch = epoch + 1
             if run.epoch % every and run.epoch != self._epochs:
                 continue

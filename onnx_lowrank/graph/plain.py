@@ -109,12 +109,15 @@ def with_values(model: Model, values: Mapping[str, np.ndarray]) -> Model:
     written = set()
     for tensor in copy.graph.initializer:
         if tensor.name in values:
-            new = _cast(tensor.name, values[tensor.name], read_tensor(tensor, model.folder))
+            old = read_tensor(tensor, model.folder)
+            new = _cast(tensor.name, values[tensor.name], old)
+            written.add(tensor.name)
+            if new.tobytes() == old.tobytes():  # it stays as it was stored
+                continue
             fresh = numpy_helper.from_array(new, tensor.name)
             fresh.doc_string = tensor.doc_string
             fresh.metadata_props.extend(tensor.metadata_props)
             tensor.CopyFrom(fresh)
-            written.add(tensor.name)
     for node in copy.graph.node:
         if node.op_type == "Constant" and node.output[0] in values:
             for attribute in node.attribute:

@@ -34,7 +34,7 @@ def program_of(model: onnx.ModelProto, trained: tuple[str, ...] | None = None) -
     return Program(graph, weights_of(graph) if trained is None else trained)
 
 
-@pytest.mark.parametrize("name", ["resnet20_cifar10", "alexnet", "digits"])
+@pytest.mark.parametrize("name", ["resnet20_cifar10", "alexnet_cifar10", "digits"])
 def test_a_network_gives_what_onnx_runtime_gives(name: str) -> None:
     model = onnx.load(models.DIGITS) if name == "digits" else models.build(name, 0)
     shape = [d.dim_value or 2 for d in model.graph.input[0].type.tensor_type.shape.dim]

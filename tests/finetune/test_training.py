@@ -34,6 +34,8 @@ TEST = models.DIGITS.with_name("digits_test.npz")
 ROUGH: dict[str, Any] = {"rank": "ratio=0.2", "methods": "spatial_svd", "align": 1, "jobs": 1}
 """Weights alone, and far too few of them: much can be gained."""
 
+WRONG = [({"input": normal(16, 1, 8, 8)}, np.arange(16) % 12)]
+
 DISTILL: dict[str, Any] = {"finetune": "distill", "train": CALIBRATE, "epochs": 12, "augment": "none"}
 
 
@@ -141,6 +143,9 @@ def test_a_loss_of_ones_own(tmp_path: Path, rough: lr.Result) -> None:
     ("options", "said"),
     [
         ({"finetune": "labels", "train": CALIBRATE}, "samples with labels"),
+        ({"finetune": "labels", "train": WRONG}, "labels from 0 to 11 were given: the model has 10 classes"),
+        ({"finetune": "labels", "train": TEST, "loss": "BAD:one"}, "raised ZeroDivisionError"),
+        ({"finetune": "labels", "train": TEST, "loss": "BAD:two"}, "returned float"),
         ({"finetune": "distill"}, "finetune distill and no samples was given: train DATA was expected"),
         ({"finetune": "magic", "train": CALIBRATE}, "finetune 'magic' was given: one of none, distill, labels"),
         ({"finetune": "labels", "train": TEST, "augment": "mixup"}, "it is for --finetune distill"),
@@ -151,7 +156,10 @@ def test_a_loss_of_ones_own(tmp_path: Path, rough: lr.Result) -> None:
         ({"finetune": "distill", "train": CALIBRATE, "epochs": 0}, "epochs 0 was given"),
     ],
 )
-def test_options_that_cannot_be_met_are_refused(options: dict[str, Any], said: str) -> None:
+def test_options_that_cannot_be_met_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("def one(outputs, labels): return 1 / 0\ndef two(outputs, labels): return 0.5\n")
+    if "loss" in options:
+        options = options | {"loss": options["loss"].replace("BAD", str(tmp_path / "bad.py"))}
     with pytest.raises(LowRankError, match=said):
         lr.compress(models.DIGITS, **ROUGH, **options)
 
