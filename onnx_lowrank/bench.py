@@ -127,7 +127,8 @@ class Bench:
         cache = cache_folder()
         checkpoints = cache / "training" if cache else None
         with self.planner.stage("finetune"):
-            return Refiner(subject.model, data, config, self._folder, checkpoints, self.planner.progress)
+            fitted, progress = self.planner.fits, self.planner.progress
+            return Refiner(subject.model, data, config, self._folder, checkpoints, progress, fitted=fitted)
 
     @property
     def _session(self) -> Session:

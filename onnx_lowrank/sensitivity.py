@@ -9,7 +9,7 @@ is why one size is not enough: extrapolated from one, allocations come out worse
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -35,6 +35,9 @@ SHARE = 32.0
 
 FEWEST = 16
 """Samples that a layer is seen on at least."""
+
+ACTIVATIONS_BYTES = 1 << 31
+"""Most bytes of the model's own activations held at a time: those before every layer that is looked at."""
 
 STEEPEST = 2.0
 """Power of the error that a damage grows with, at most, outside the sizes measured; 1 at least."""
@@ -64,7 +67,8 @@ def measured(
         return [tuple(group) for group in candidates]
     made = _drafts(groups, probes, statistics, seed, jobs, progress)
     names = sorted({name for probe in probes for name in probe.layers})
-    bench = _Bench(model, found, names, _few(feeds, len(probes)))
+    few = _few(feeds, len(probes), ACTIVATIONS_BYTES // _held_bytes(found, names))
+    bench = _Bench(model, found, names, few)
     damages: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for number, (probe, factorization) in enumerate(zip(probes, made, strict=True), 1):
         damages.setdefault(probe.layers, []).append((probe.error, bench.damage(probe, factorization)))
@@ -113,12 +117,18 @@ def agreeing(
         return [tuple(group) for group in candidates]
     made = _drafts(groups, probes, {}, seed, jobs, progress)
     names = sorted({name for probe in probes for name in probe.layers})
-    bench = _Bench(model, found, names, feeds)  # all of them: what few samples do not show counts as free of charge
+    # all samples, as many at a time as fit: what few of them do not show would count as free of charge
+    parts = list(_portions(feeds, ACTIVATIONS_BYTES // _held_bytes(found, names)))
+    kept = np.zeros(len(probes))
+    for turn, part in enumerate(parts):
+        bench = _Bench(model, found, names, part)
+        for number, (probe, factorization) in enumerate(zip(probes, made, strict=True)):
+            kept[number] += count(part) / count(feeds) * bench.agreement(probe, factorization)
+            progress("sensitivity", turn * len(probes) + number + 1, len(parts) * len(probes))
     points: dict[tuple[tuple[str, ...], str], dict[float, float]] = {}
-    for number, (probe, factorization) in enumerate(zip(probes, made, strict=True), 1):
+    for probe, share in zip(probes, kept, strict=True):
         measured_at = points.setdefault((probe.layers, probe.decomposition), {1.0: 1.0})
-        measured_at.setdefault(math.exp(-probe.error), bench.agreement(probe, factorization))
-        progress("sensitivity", number, len(probes))
+        measured_at.setdefault(math.exp(-probe.error), float(share))
     curves = {key: _curve(at) for key, at in points.items()}
     return [
         tuple(
@@ -223,9 +233,30 @@ def _draft(task: _Task, seed: int) -> Factorization:
     ).stored(layer.dtype)
 
 
-def _few(feeds: list[dict[str, np.ndarray]], probes: int) -> list[dict[str, np.ndarray]]:
-    """The first samples, so many that all probes, each through half of the model, cost ``SHARE`` passes of all."""
-    left = max(FEWEST, int(2 * SHARE * count(feeds) / probes))
+def _held_bytes(found: Found, names: Sequence[str]) -> int:
+    """Bytes that one sample takes before all layers called `names`: their inputs, and as much again that goes past them."""
+    layers = [layer for layer in found.layers if layer.name in set(names)]
+    return 8 * sum(layer.batch * layer.spec.in_channels * math.prod(layer.input_size) for layer in layers) or 1
+
+
+def _portions(feeds: list[dict[str, np.ndarray]], most: int) -> Iterator[list[dict[str, np.ndarray]]]:
+    """The batches, in portions of at most `most` samples, but of one batch at least."""
+    portion: list[dict[str, np.ndarray]] = []
+    for batch in feeds:
+        if portion and count([*portion, batch]) > most:
+            yield portion
+            portion = []
+        portion.append(batch)
+    if portion:
+        yield portion
+
+
+def _few(feeds: list[dict[str, np.ndarray]], probes: int, fit: int) -> list[dict[str, np.ndarray]]:
+    """The first samples, so many that all probes, each through half of the model, cost ``SHARE`` passes of all.
+
+    No more than `fit` into memory, but ``FEWEST`` anyway.
+    """
+    left = max(FEWEST, min(int(2 * SHARE * count(feeds) / probes), fit))
     few = []
     for batch in feeds:
         size = count([batch])

@@ -9,11 +9,12 @@ import pytest
 
 import models
 import onnx_lowrank as lr
+from onnx_lowrank import sensitivity
 from onnx_lowrank.candidates import group_candidates, group_layers
 from onnx_lowrank.graph.find import find_layers
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.shapes import infer, model_inputs, sample_shapes
-from onnx_lowrank.sensitivity import _few, interpolated, measured
+from onnx_lowrank.sensitivity import _few, agreeing, interpolated, measured
 from onnx_lowrank.types import Candidate, no_progress
 from tests.helpers import normal, parse
 
@@ -77,10 +78,10 @@ def test_a_damage_never_falls_with_the_error() -> None:
 
 def test_with_more_layers_each_is_seen_on_fewer_samples() -> None:
     feeds = [{"x": np.zeros((64, 2))} for _ in range(16)]
-    counts = [sum(len(b["x"]) for b in _few(feeds, probes)) for probes in (30, 300, 600, 9000)]
+    counts = [sum(len(b["x"]) for b in _few(feeds, probes, 1 << 30)) for probes in (30, 300, 600, 9000)]
     assert counts[0] == 1024 and counts[1] // 2 == counts[2] and counts[3] == 16
     alone = [{"x": np.zeros((64, 2)), "scale": np.zeros(1)}]
-    assert _few(alone, 90000) == alone  # an input without samples cannot be cut
+    assert _few(alone, 90000, 1 << 30) == alone  # an input without samples cannot be cut
 
 
 def test_samples_whose_activations_do_not_fit_are_left_out_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,3 +100,27 @@ def test_every_layer_of_the_shipped_model_has_a_damage() -> None:
     feeds = [{"input": np.load(models.DIGITS_CALIBRATE)["input"][:64]}]
     plan = lr.analyze(models.DIGITS, calibrate=feeds, budget={"macs": 0.5})
     assert all(choice.dense or 0 < choice.error < 10 for choice in plan.choices)
+
+
+def test_samples_seen_in_portions_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(models.DIGITS)
+    found = find_layers(model, infer(model, sample_shapes(model_inputs(model), {})[0]))
+    groups = group_layers(found.layers)
+    candidates = [group_candidates(group, ("channel_svd",), 4)[0] for group in groups]
+    pictures = np.load(models.DIGITS_TEST)["input"]
+    feeds = [{"input": pictures[i : i + 40]} for i in range(0, 200, 40)]
+
+    def errors() -> list[float]:
+        made = agreeing(model, found, groups, candidates, feeds=feeds, seed=0, jobs=1, progress=no_progress)
+        return [candidate.error for group in made for candidate in group]
+
+    whole = errors()
+    assert max(whole) > 0
+    monkeypatch.setattr(sensitivity, "ACTIVATIONS_BYTES", 1)
+    assert errors() == pytest.approx(whole)
+
+
+def test_no_more_samples_than_fit_are_looked_at() -> None:
+    feeds = [{"x": np.zeros((64, 4))} for _ in range(4)]
+    assert sum(len(batch["x"]) for batch in _few(feeds, 1, 100)) == 100
+    assert sum(len(batch["x"]) for batch in _few(feeds, 1, 1)) == 16

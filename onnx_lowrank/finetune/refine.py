@@ -82,6 +82,8 @@ class Refiner:
         For samples that do not fit into memory.
     checkpoints
         Where an interrupted run leaves what it had; None for nowhere.
+    fitted
+        Whether models come fitted to samples, layer after layer: their blocks need not learn one by one then.
 
     Raises
     ------
@@ -90,11 +92,20 @@ class Refiner:
     """
 
     def __init__(
-        self, original: Model, data: Dataset, config: Config, folder: Path, checkpoints: Path | None, progress: Progress
+        self,
+        original: Model,
+        data: Dataset,
+        config: Config,
+        folder: Path,
+        checkpoints: Path | None,
+        progress: Progress,
+        *,
+        fitted: bool = False,
     ) -> None:
         if config.device != "cpu" and not torch.cuda.is_available():
             raise LowRankError(f"device {config.device} was given: torch finds no such device here; leave out --device")
         self._config, self._progress, self._checkpoints = config, progress, checkpoints
+        self._fitted = fitted
         self._labels = config.finetune == "labels"
         self._samples = read_samples(data, folder)
         self._part = fixed_batch(data.inputs)
@@ -171,6 +182,7 @@ class Refiner:
             batch=config.train_batch,
             part=self._part,
             learning_rate=config.learning_rate or (LABELS_RATE if self._labels else DISTILL_RATE),
+            blockwise=0.0 if self._fitted else Settings.blockwise,
             augment=augmentations(config.augment, labelled=self._labels),
             batch_statistics=self._labels if config.batch_statistics is None else config.batch_statistics,
             seed=config.seed,
