@@ -35,6 +35,7 @@ from onnx_lowrank.types import (
     Factorization,
     Layer,
     LayerStatistics,
+    LowRankError,
     Metric,
     Plan,
     Progress,
@@ -99,6 +100,11 @@ class Planner:
     def __init__(self, subject: Subject, config: Config, progress: Progress, policy: Policy | None = None) -> None:
         for name in config.methods:
             find_decomposition(name)
+        joint = [name for name in config.methods if is_joint(name)]
+        if joint and config.damage in ("accuracy", "combined"):
+            raise LowRankError(
+                f"damage {config.damage} is measured of single layers: leave out {', '.join(joint)}, or take --damage output"
+            )
         self._solver = find_solver(config.solver)
         self.subject, self.config, self.progress = subject, config, progress
         self.policy = policy or Policy()

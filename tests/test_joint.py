@@ -265,3 +265,10 @@ def test_what_contradicts_the_recipe_is_refused(network: onnx.ModelProto, option
 
 def test_every_joint_member_is_one() -> None:
     assert [name for name in lr.decompositions.DECOMPOSITIONS if is_joint(name)] == list(JOINT)
+
+
+@pytest.mark.parametrize("damage", ["accuracy", "combined"])
+def test_what_is_measured_of_single_layers_is_not_asked_of_several(network: onnx.ModelProto, damage: str) -> None:
+    options = {"budget": {"macs": 0.5}, "methods": "spatial_svd,joint_left", "calibrate": [picture(4)]}
+    with pytest.raises(lr.LowRankError, match="leave out joint_left"):
+        lr.analyze(network, damage=damage, **options)

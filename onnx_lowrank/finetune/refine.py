@@ -46,7 +46,8 @@ class Refined:
         if not self.run.best_epoch:
             return "training made nothing better on the samples held out: the model is as it was before"
         was = f", accuracy from {1 - start[0]:.4f} to {1 - best.errors:.4f}" if start[0] else ""
-        return f"trained for {self.run.epoch} epochs: loss on the samples held out from {start[1]:.4g} to {best.loss:.4g}{was}"
+        epochs = f"{self.run.epoch} epoch{'s' * (self.run.epoch > 1)}"
+        return f"trained for {epochs}: loss on the samples held out from {start[1]:.4g} to {best.loss:.4g}{was}"
 
 
 def _guarded(name: str) -> LabelLoss:
