@@ -35,6 +35,9 @@ DAMAGES = ("output", "weights", "energy", "accuracy", "combined")
 TRAINING = ("none", "distill", "labels")
 """What `finetune` may be."""
 
+TRAINING_ONLY = ("train", "epochs", "learning_rate", "augment", "loss", "batch_statistics")
+"""Options that say nothing where nothing is trained."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -92,7 +95,7 @@ class Config:
     batch_statistics
         Whether BatchNormalization follows the batches; None where labels are learnt.
     orthogonality
-        What the distance of factors from orthogonal ones counts in the recipe ``orthogonal``.
+        What the distance of factors from orthogonal ones counts in the recipe ``orthogonal``; None for 1.
     align
         Multiple that ranks are kept to; None takes the block size of this machine's kernels.
     provider, threads, batch_size, input_shape
@@ -129,7 +132,7 @@ class Config:
     trained: tuple[str, ...] = ("all",)
     loss: str | None = None
     batch_statistics: bool | None = None
-    orthogonality: float = 1.0
+    orthogonality: float | None = None
     align: int | None = None
     provider: str = "CPUExecutionProvider"
     threads: int = 1
@@ -161,7 +164,12 @@ class Config:
         rate = self.learning_rate
         _expect(rate is None or 0 < rate < math.inf, f"learning_rate {rate}", "a number above 0")
         _expect(self.epochs is None or self.epochs >= 1, f"epochs {self.epochs}", "a whole number of at least 1")
-        _expect(0 <= self.orthogonality < math.inf, f"orthogonality {self.orthogonality:g}", "a number of at least 0")
+        weight = self.orthogonality
+        _expect(weight is None or 0 <= weight < math.inf, f"orthogonality {weight}", "a number of at least 0")
+        _expect(weight is None or self.recipe == "orthogonal", f"orthogonality {weight}", "recipe orthogonal")
+        idle = [name for name in TRAINING_ONLY if self.finetune == "none" and getattr(self, name) is not None]
+        _expect(not idle, f"{', '.join(idle)} and nothing to train", "finetune distill or labels")
+        _expect(self.loss is None or self.finetune == "labels", "a loss to distill", "finetune labels")
         _expect(bool(self.trained), "an empty list of tensors to train", "all, touched or patterns")
         for name, least in (("train_batch", 1), ("threads", 0), ("batch_size", 1), ("jobs", 0), ("seed", 0)):
             _expect(

@@ -72,7 +72,7 @@ def open_subject(source: Any, config: Config) -> Subject:
     Parameters
     ----------
     source
-        A path, a ModelProto or a graphsurgeon Graph.
+        A path, a ModelProto or a graphsurgeon Graph; or a model that is loaded already.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def open_subject(source: Any, config: Config) -> Subject:
         Where it cannot be used; see :func:`onnx_lowrank.graph.model.load` and the data it is given.
     """
     try:
-        model = load(to_proto(source))
+        model = source if isinstance(source, Model) else load(to_proto(source))
     except TypeError as error:
         raise LowRankError(
             f"a model of type {type(source).__name__} was given: a path, a ModelProto or a graphsurgeon Graph was expected"

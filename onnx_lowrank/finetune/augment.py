@@ -88,7 +88,9 @@ def augmentations(names: Sequence[str] | None, *, labelled: bool) -> tuple[str, 
 def varied(feeds: Tensors, names: Sequence[str], rng: np.random.Generator) -> Tensors:
     """The pictures among `feeds` varied; everything else as it is."""
     changed = dict(feeds)
+    seed = int(rng.integers(1 << 62))
     for name, x in feeds.items():
+        same = np.random.default_rng(seed)  # pictures of one sample belong together
         for each in names if is_picture(x) else ():
-            changed[name] = AUGMENTATIONS[each](changed[name], rng)
+            changed[name] = AUGMENTATIONS[each](changed[name], same)
     return changed

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from onnx_lowrank.finetune.ops import OPS, Node, to_tensor
-from onnx_lowrank.graph.plain import PlainGraph, PlainNode
+from onnx_lowrank.graph.plain import PlainGraph, PlainNode, is_floating
 from onnx_lowrank.types import LowRankError
 
 OLDEST = 7
@@ -86,27 +86,25 @@ class Program:
             raise LowRankError(f"a model of opset {graph.opset} cannot be trained: {OLDEST} or newer was expected")
         _refuse_unknown(graph.nodes)
         nodes = [Node(node, graph.opset, widen) for node in graph.nodes]
-        stored = {name: to_tensor(value, widen=widen) for name, value in graph.stored.items() if _runs(value)}
-        for node in nodes:
-            if node.plain.op_type == "Constant" and node.plain.outputs[0] in trained:
-                stored[node.plain.outputs[0]] = OPS["Constant"](node)
+        stored = {name: to_tensor(value, widen=widen) for name, value in graph.values.items() if _runs(value)}
         if missing := set(trained) - set(stored):
             raise LowRankError(f"the graph stores nothing called {', '.join(sorted(missing)[:3])}")
         self.parameters = {
             name: torch.nn.Parameter(stored[name].to(self.device)) for name in stored if name in set(trained)
         }
-        followed = {name for node in graph.nodes if node.op_type == "BatchNormalization" for name in node.inputs[3:5]}
-        self.statistics = {name: stored[name].to(self.device) for name in stored if name in followed}
+        self.statistics = {
+            name: stored[name].to(self.device) for name in _followed(graph) if name in stored and name not in trained
+        }
         self._constants: Tensors = {
             name: self._placed(value)
             for name, value in stored.items()
-            if name not in self.parameters and name not in followed
+            if name not in self.parameters and name not in self.statistics
         }
         self._steps = self._compiled(nodes)
 
     def _placed(self, value: torch.Tensor) -> torch.Tensor:
         """Whole numbers stay where the processor reads them: they are shapes and indices."""
-        return value.to(self.device) if value.is_floating_point() else value
+        return value if value.dtype in (torch.int32, torch.int64) else value.to(self.device)
 
     def _compiled(self, nodes: Sequence[Node]) -> list[_Step]:
         """Work out now what never changes; of the rest, when each tensor is read last."""
@@ -114,8 +112,8 @@ class Program:
         left: list[Node] = []
         for node in nodes:
             plain = node.plain
-            if set(plain.outputs) & set(self.parameters):
-                continue
+            if not plain.inputs and set(plain.outputs) & changing:
+                continue  # a Constant that trains
             if changing.isdisjoint(plain.inputs):
                 with torch.no_grad():
                     outputs = _call(node, OPS[plain.op_type], self._constants)
@@ -155,7 +153,7 @@ class Program:
         Returns
         -------
         dict
-            The outputs and what was to be kept.
+            The outputs, in the order of the graph, then what was to be kept.
         """
         instead = instead or {}
         wanted = {*self.outputs, *keep, *instead}
@@ -163,7 +161,8 @@ class Program:
         results: Tensors = {}
         for step in self._steps:
             run = step.run
-            if batch_statistics and step.node.plain.op_type == "BatchNormalization":
+            plain = step.node.plain
+            if batch_statistics and plain.op_type == "BatchNormalization" and plain.inputs[3] in self.statistics:
                 run = _normalise
             made = _call(step.node, run, alive)
             for name, value in made.items():
@@ -174,7 +173,8 @@ class Program:
                 alive.pop(name, None)
         for name in self.outputs:  # what never changes may be an output too
             results.setdefault(name, alive[name])
-        return results
+        order = (*self.outputs, *(name for name in results if name not in self.outputs))
+        return {name: results[name] for name in order}
 
     def values(self) -> dict[str, np.ndarray]:
         """What may have changed, by name: parameters and statistics."""
@@ -198,6 +198,17 @@ class Program:
         return {n: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in made.items()}
 
 
+def _followed(graph: PlainGraph) -> set[str]:
+    """Means and variances that only one BatchNormalization reads: they can follow the batches."""
+    readers = [name for node in graph.nodes for name in node.inputs]
+    found: set[str] = set()
+    for node in graph.nodes:
+        pair = node.inputs[3:5]
+        if node.op_type == "BatchNormalization" and all(readers.count(name) == 1 for name in pair):
+            found |= set(pair) if set(pair) <= graph.values.keys() else set()
+    return found
+
+
 def weights_of(graph: PlainGraph, nodes: Collection[str] | None = None) -> tuple[str, ...]:
     """Names of the stored tensors that are weights: kernels, biases, scales and slopes of floating point.
 
@@ -218,25 +229,20 @@ def weights_of(graph: PlainGraph, nodes: Collection[str] | None = None) -> tuple
 
 def _roots(name: str, graph: PlainGraph, producers: Mapping[str, PlainNode], vectors: bool) -> Iterable[str]:
     """Stored tensors that `name` is put together from; none where an input takes part."""
-    if name in graph.stored:
-        value = graph.stored[name]
-    else:
+    values = graph.values
+    if name not in values:
         node = producers.get(name)
-        if node is None:
+        if node is None or node.op_type not in THROUGH:
             return ()
-        if node.op_type in THROUGH:
-            parts = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-            return [root for part in parts for root in _roots(part, graph, producers, vectors)]
-        if node.op_type != "Constant" or not isinstance(node.attributes.get("value"), np.ndarray):
-            return ()
-        value = node.attributes["value"]
-    floating = value.dtype.kind == "f" or value.dtype.name == "bfloat16"
-    return (name,) if floating and value.size > int(vectors) else ()
+        parts = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+        return [root for part in parts for root in _roots(part, graph, producers, vectors)]
+    usable = is_floating(values[name]) and name not in graph.overridable
+    return (name,) if usable and values[name].size > int(vectors) else ()
 
 
 def _runs(value: np.ndarray) -> bool:
     """Whether torch has tensors of this type."""
-    return value.dtype.kind in "fiub" or value.dtype.name == "bfloat16"
+    return value.dtype.kind in "iub" or is_floating(value)
 
 
 def _refuse_unknown(nodes: Iterable[PlainNode]) -> None:

@@ -19,7 +19,7 @@ from onnx_lowrank.finetune.blocks import block_ends
 from onnx_lowrank.finetune.losses import LabelLoss, cross_entropy, orthogonality
 from onnx_lowrank.finetune.program import Program, weights_of
 from onnx_lowrank.finetune.samples import Samples, read_samples
-from onnx_lowrank.finetune.train import Run, Settings, look, train
+from onnx_lowrank.finetune.train import Run, Settings, forget, look, train
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.plain import PlainGraph, plain_graph, with_values
 from onnx_lowrank.runtime import RunSettings, Session
@@ -27,6 +27,9 @@ from onnx_lowrank.types import LowRankError, Progress
 
 AGREEMENT = 1e-2
 """Largest difference to ONNX Runtime, relative to the largest output, with which a program is taken for the model."""
+
+FEW = 8
+"""Samples that a normalisation takes its statistics from at least, where nothing was said."""
 
 DISTILL_RATE, LABELS_RATE = 3e-4, 1e-3
 """Highest learning rates where none is given. Chains that were fitted to data are near an optimum, which a high one upsets."""
@@ -43,11 +46,14 @@ class Refined:
     def note(self) -> str:
         """What came of it, in a line."""
         (_, *start), best = self.run.scores[0], self.run.best
+        skipped = f"; {self.run.skipped} step(s) were not taken: no finite gradient" if self.run.skipped else ""
         if not self.run.best_epoch:
-            return "training made nothing better on the samples held out: the model is as it was before"
+            return f"training made nothing better on the samples held out: the model is as it was before{skipped}"
         was = f", accuracy from {1 - start[0]:.4f} to {1 - best.errors:.4f}" if start[0] else ""
         epochs = f"{self.run.epoch} epoch{'s' * (self.run.epoch > 1)}"
-        return f"trained for {epochs}: loss on the samples held out from {start[1]:.4g} to {best.loss:.4g}{was}"
+        return (
+            f"trained for {epochs}: loss on the samples held out from {start[1]:.4g} to {best.loss:.4g}{was}{skipped}"
+        )
 
 
 def _guarded(name: str) -> LabelLoss:
@@ -63,9 +69,18 @@ def _guarded(name: str) -> LabelLoss:
             raise LowRankError(
                 f"loss {name} returned {type(loss).__name__}: a torch tensor with one number was expected"
             )
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise LowRankError(
+                f"loss {name} has no gradient: it has to be computed by torch from the outputs, smoothly"
+            )
         return loss
 
     return guarded
+
+
+def _text_of(loss: str | None) -> str:
+    """What the user's own loss says, and not only what it is called."""
+    return "" if loss is None else Path(loss.rpartition(":")[0]).read_text(encoding="utf-8")
 
 
 class Refiner:
@@ -113,8 +128,12 @@ class Refiner:
         self._graph = plain_graph(original)
         self._original = original
         self._teacher = Program(self._graph, device=config.device)
+        if self._labels and self._samples.labels is None:
+            raise LowRankError("--finetune labels takes samples with labels: give --train DATA with labels")
+        self.settings()  # names that are none are told before the work
         self._check(self._teacher, original)
-        self._salt = hashlib.sha256(serialize(original) + repr((config.loss, config.finetune)).encode()).hexdigest()
+        words = repr((config.loss, _text_of(config.loss), config.finetune, config.device))
+        self._salt = hashlib.sha256(serialize(original) + words.encode()).hexdigest()
         self._left: set[Path] = set()
         self._loss: LabelLoss = cross_entropy if config.loss is None else _guarded(config.loss)
 
@@ -157,7 +176,7 @@ class Refiner:
             regularizer=(lambda parameters: weight * orthogonality(factors)) if factors and weight else None,
             watch=(lambda: float(orthogonality(factors).detach())) if factors else None,
             checkpoints=self._checkpoints,
-            salt=f"{self._salt} {sorted(orthogonal)} {weight}",
+            salt=f"{self._salt} {hashlib.sha256(serialize(model)).hexdigest()} {sorted(orthogonal)} {weight}",
             keep=True,
             progress=self._progress,
         )
@@ -167,16 +186,22 @@ class Refiner:
 
     def distance(self, model: Model) -> float:
         """How far the outputs of `model` are from the original's, as a share of their energy, on the samples held out."""
-        return look(Program(plain_graph(model), device=self._config.device), self._teacher, self._samples).loss
+        program = Program(plain_graph(model), device=self._config.device)
+        return look(program, self._teacher, self._samples, self._part).loss
 
     def close(self) -> None:
         """Let go of what an interrupted run would have gone on from."""
         for path in self._left:
-            path.unlink(missing_ok=True)
+            forget(path)
 
     def settings(self) -> Settings:
-        """What the options say."""
+        """What the options say; pictures are not varied where labels cannot follow, nor few samples normalised together."""
         config = self._config
+        labels = self._samples.labels
+        names = config.augment
+        if names is None and self._labels and (config.loss is not None or labels is None or labels.ndim != 1):
+            names = ("none",)
+        enough = self._part is None or self._part >= FEW
         return Settings(
             labels=self._labels,
             epochs=config.epochs,
@@ -184,8 +209,8 @@ class Refiner:
             part=self._part,
             learning_rate=config.learning_rate or (LABELS_RATE if self._labels else DISTILL_RATE),
             blockwise=0.0 if self._fitted else Settings.blockwise,
-            augment=augmentations(config.augment, labelled=self._labels),
-            batch_statistics=self._labels if config.batch_statistics is None else config.batch_statistics,
+            augment=augmentations(names, labelled=self._labels),
+            batch_statistics=(self._labels and enough) if config.batch_statistics is None else config.batch_statistics,
             seed=config.seed,
         )
 

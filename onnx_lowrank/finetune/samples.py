@@ -57,12 +57,18 @@ def read_samples(data: Dataset, folder: Path) -> Samples:
     parts: list[dict[str, np.ndarray]] = []
     labels: list[np.ndarray] = []
     growing: dict[str, _Growing] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for feeds, marks in data.batches(READ):
         parts.append(feeds)
+        arrays = dict(feeds)
         if marks is not None:
-            labels.append(np.asarray(marks))
-        shapes = {name: {part[name].shape[1:] for part in (parts[0], feeds)} for name in feeds}
-        if uneven := [name for name, found in shapes.items() if len(found) > 1]:
+            labels.append(_whole(np.asarray(marks)))
+            arrays["the labels"] = labels[-1]
+        if lone := [name for name, array in arrays.items() if not array.ndim]:
+            raise LowRankError(f"{data.name}: '{lone[0]}' has no axis of samples: it cannot be trained with")
+        found = {name: array.shape[1:] for name, array in arrays.items()}
+        shapes = shapes or found
+        if uneven := [name for name, shape in found.items() if shapes.get(name) != shape]:
             raise LowRankError(
                 f"{data.name}: samples of '{uneven[0]}' differ in shape: training takes samples of one shape"
             )
@@ -78,6 +84,11 @@ def read_samples(data: Dataset, folder: Path) -> Samples:
     else:
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Samples(arrays, np.concatenate(labels) if labels else None)
+
+
+def _whole(labels: np.ndarray) -> np.ndarray:
+    """Classes of any integer type as the one that losses take."""
+    return labels.astype(np.int64) if labels.dtype.kind in "iub" else labels
 
 
 class _Growing:

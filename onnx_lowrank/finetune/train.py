@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ LARGEST_STEP = 5.0
 KEPT = 64
 """Checkpoints of other trainings that stay."""
 
-LOOK_BATCH = 250
-"""Samples run at a time without gradients."""
+HASHED = 256
+"""Samples that go into a checkpoint's name at a time."""
 
 Regularizer = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """``function(parameters) -> scalar`` that is added to the loss."""
@@ -108,6 +108,8 @@ class Run:
     """What `watch` gave at each look."""
     checkpoint: Path | None = None
     """The file that was kept."""
+    skipped: int = 0
+    """Steps whose gradient was not finite, and which were not taken."""
 
     @property
     def best(self) -> Score:
@@ -167,14 +169,14 @@ def train(
         if keep:
             run.checkpoint = checkpoint
         else:
-            checkpoint.unlink(missing_ok=True)
+            forget(checkpoint)
         _prune(checkpoint.parent)
     return run
 
 
-def look(student: Program, teacher: Program, samples: Samples) -> Score:
-    """How far a network is from the original on the samples held out."""
-    return _Trainer(student, teacher, samples, Settings(), (), cross_entropy, None, None).score()
+def look(student: Program, teacher: Program, samples: Samples, part: int | None = None) -> Score:
+    """How far a network is from the original on the samples held out, `part` of them at a time."""
+    return _Trainer(student, teacher, samples, Settings(part=part), (), cross_entropy, None, None).score()
 
 
 class _Trainer:
@@ -193,8 +195,11 @@ class _Trainer:
             raise LowRankError("--finetune labels takes samples with labels: give --train DATA with labels")
         self._student, self._teacher, self._samples, self._settings = student, teacher, samples, settings
         self._ends, self._label_loss, self._regularizer, self._watch = ends, label_loss, regularizer, watch
-        self._rows, self._held = samples.split()
-        self._batch = min(settings.batch, len(self._rows))
+        unit = settings.part or 1
+        self._rows, self._held = (rows[: len(rows) // unit * unit] for rows in samples.split())
+        if not len(self._rows) or not len(self._held):
+            raise LowRankError(f"{len(samples)} samples are too few to train on: the model takes {unit} at a time")
+        self._batch = min(max(settings.batch // unit, 1) * unit, len(self._rows))
         self._steps = batches_of(len(self._rows), self._batch)
         self._epochs = settings.epochs or max(1, math.ceil(STEPS / self._steps))
         kernels = [p for p in student.parameters.values() if p.ndim > 1]
@@ -206,18 +211,20 @@ class _Trainer:
             ],
             lr=settings.learning_rate,
         )
-        self._wanted = [self._original(rows) for rows in self._looks()] if teacher is not None else []
+        # labels are judged by themselves
+        self._wanted = [self._original(rows) for rows in self._looks()] if teacher and not settings.labels else []
 
     # --- what is looked at -------------------------------------------------------------------------------------------
 
     def _looks(self) -> list[np.ndarray]:
-        size = self._settings.part or LOOK_BATCH
+        size = self._settings.part or self._batch
         return [self._held[first : first + size] for first in range(0, len(self._held), size)]
 
     def _original(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         assert self._teacher is not None
         with torch.no_grad():
-            return self._teacher(self._teacher.tensors(self._samples.at(rows)[0]))
+            made = self._teacher(self._teacher.tensors(self._samples.at(rows)[0]))
+        return {name: value for name, value in made.items() if value.is_floating_point()}
 
     def score(self) -> Score:
         """The student on the samples held out."""
@@ -225,7 +232,7 @@ class _Trainer:
         with torch.no_grad():
             for index, rows in enumerate(self._looks()):
                 feeds, labels = self._samples.at(rows)
-                got = self._student(self._student.tensors(feeds))
+                got = {name: value.float() for name, value in self._student(self._student.tensors(feeds)).items()}
                 if self._settings.labels:
                     assert labels is not None
                     marks = torch.from_numpy(labels).to(self._student.device)
@@ -233,8 +240,7 @@ class _Trainer:
                     if self._label_loss is cross_entropy:
                         wrong += len(rows) - int(hits(got, marks))
                 else:
-                    wanted = self._wanted[index]
-                    loss = distances(got, {name: value for name, value in wanted.items() if value.is_floating_point()})
+                    loss = distances(got, self._wanted[index])
                 total += float(loss) * len(rows)
                 count += len(rows)
         mean = total / count
@@ -251,7 +257,7 @@ class _Trainer:
             self._note(run, start)
         else:
             scores = [tuple(score) for score in resumed["scores"]]
-            run = Run(resumed["epoch"], resumed["best_epoch"], scores, resumed["watched"])
+            run = Run(resumed["epoch"], resumed["best_epoch"], scores, resumed["watched"], None, resumed["skipped"])
             best = resumed["best"]
             self._student.restore(resumed["student"])
             self._optimizer.load_state_dict(resumed["optimizer"])
@@ -259,9 +265,11 @@ class _Trainer:
         every = max(1, self._epochs // LOOKS)
         total = self._epochs * self._steps
         for epoch in range(run.epoch, self._epochs):
+            if self._over(run):
+                break
             rows = shuffled(self._rows, self._batch, [self._settings.seed, 1, epoch])
             for number, batch in enumerate(rows):
-                self._step(epoch, epoch * self._steps + number, total, batch)
+                run.skipped += not self._step(epoch, epoch * self._steps + number, total, batch)
                 progress(f"finetune: {run.best}", epoch * self._steps + number + 1, total)
             run.epoch = epoch + 1
             if run.epoch % every and run.epoch != self._epochs:
@@ -273,19 +281,24 @@ class _Trainer:
                 best, run.best_epoch = self._student.state(), run.epoch
             if checkpoint:
                 _save(checkpoint, key, run, best, self._student.state(), self._optimizer.state_dict())
-            latest, *_ = min(run.scores[1:], key=lambda look: look[1:])
-            if score.loss == math.inf or run.epoch - latest > PATIENCE * self._epochs:
-                break
         self._student.restore(best)
         progress("finetune", total, total)
         return run
+
+    def _over(self, run: Run) -> bool:
+        """Whether nothing got better for too long; the start apart."""
+        if len(run.scores) < 2:
+            return False
+        latest, *_ = min(run.scores[1:], key=lambda look: look[1:])
+        return run.scores[-1][2] == math.inf or run.epoch - latest > PATIENCE * self._epochs
 
     def _note(self, run: Run, score: Score) -> None:
         run.scores.append((run.epoch, score.errors, score.loss))
         if self._watch is not None:
             run.watched.append(self._watch())
 
-    def _step(self, epoch: int, number: int, total: int, rows: np.ndarray) -> None:
+    def _step(self, epoch: int, number: int, total: int, rows: np.ndarray) -> bool:
+        """One step; False where its gradient is not finite."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * _schedule(number / total)
         self._optimizer.zero_grad(set_to_none=True)
@@ -297,8 +310,10 @@ class _Trainer:
         if self._regularizer is not None:
             self._regularizer(self._student.parameters).backward()
         norm = torch.nn.utils.clip_grad_norm_(self._student.parameters.values(), LARGEST_STEP)
-        if torch.isfinite(norm):
+        finite = bool(torch.isfinite(norm))
+        if finite:
             self._optimizer.step()
+        return finite
 
     def _loss(self, rows: np.ndarray, epoch: int, rng: np.random.Generator) -> torch.Tensor:
         settings, student = self._settings, self._student
@@ -340,8 +355,8 @@ class _Trainer:
         arrays = {**self._student.values(), **self._samples.arrays}
         for name, array in arrays.items():
             digest.update(name.encode() + repr((array.dtype.str, array.shape)).encode())
-            for first in range(0, max(len(array) if array.ndim else 1, 1), LOOK_BATCH):
-                part = array[first : first + LOOK_BATCH] if array.ndim else array
+            for first in range(0, max(len(array) if array.ndim else 1, 1), HASHED):
+                part = array[first : first + HASHED] if array.ndim else array
                 digest.update(np.ascontiguousarray(part).tobytes())
         if self._samples.labels is not None:
             digest.update(np.ascontiguousarray(self._samples.labels).tobytes())
@@ -363,28 +378,30 @@ def _save(
     student: Mapping[str, torch.Tensor],
     optimizer: Any,
 ) -> None:
-    """Write a checkpoint whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint whole or not at all; where it cannot be written, training goes on without."""
+    held = {
+        "key": key,
+        "epoch": run.epoch,
+        "best_epoch": run.best_epoch,
+        "scores": run.scores,
+        "watched": run.watched,
+        "skipped": run.skipped,
+        "best": dict(best),
+        "student": dict(student),
+        "optimizer": optimizer,
+    }
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    torch.save(
-        {
-            "key": key,
-            "epoch": run.epoch,
-            "best_epoch": run.best_epoch,
-            "scores": run.scores,
-            "watched": run.watched,
-            "best": dict(best),
-            "student": dict(student),
-            "optimizer": optimizer,
-        },
-        part,
-    )
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(held, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        logger.warning("no checkpoint can be written to %s (%s): an interrupted run begins anew", path.parent, error)
 
 
 def _load(path: Path, key: str) -> dict[str, Any] | None:
     """A checkpoint of this very training; None where there is none. Only tensors and numbers are read, no code."""
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         held: dict[str, Any] = torch.load(path, weights_only=True)
@@ -394,8 +411,14 @@ def _load(path: Path, key: str) -> dict[str, Any] | None:
     return held if held.get("key") == key else None
 
 
+def forget(checkpoint: Path) -> None:
+    """Remove a checkpoint, where it is there."""
+    with suppress(OSError):
+        checkpoint.unlink(missing_ok=True)
+
+
 def _prune(folder: Path) -> None:
     """Remove all but the latest checkpoints."""
-    found = sorted(folder.glob("*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in found[KEPT:]:
-        path.unlink(missing_ok=True)
+    with suppress(OSError):  # another run may remove them too
+        for path in sorted(folder.glob("*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+            forget(path)

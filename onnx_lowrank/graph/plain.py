@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_lowrank.graph.constants import read_tensor
+from onnx_lowrank.graph.constants import lists_all, read_tensor
 from onnx_lowrank.graph.model import Model, subgraphs
 from onnx_lowrank.types import LowRankError
 
@@ -50,6 +51,18 @@ class PlainGraph:
     outputs: tuple[str, ...]
     stored: Mapping[str, np.ndarray]
     nodes: tuple[PlainNode, ...]
+    overridable: frozenset[str] = frozenset()
+    """Stored tensors that a user may feed."""
+
+    @cached_property
+    def values(self) -> dict[str, np.ndarray]:
+        """All tensors that :func:`with_values` may change: stored ones, and those of Constant nodes."""
+        made = {
+            node.outputs[0]: node.attributes["value"]
+            for node in self.nodes
+            if node.op_type == "Constant" and isinstance(node.attributes.get("value"), np.ndarray)
+        }
+        return {**made, **self.stored}
 
 
 def plain_graph(model: Model) -> PlainGraph:
@@ -66,7 +79,13 @@ def plain_graph(model: Model) -> PlainGraph:
     stored = {tensor.name: read_tensor(tensor, model.folder) for tensor in graph.initializer}
     fed = tuple(value.name for value in graph.input if value.name not in stored)
     nodes = tuple(_plain_node(node, model) for node in graph.node)
-    return PlainGraph(model.opset, fed, tuple(value.name for value in graph.output), stored, nodes)
+    listed = frozenset() if lists_all(model) else frozenset(value.name for value in graph.input) & stored.keys()
+    return PlainGraph(model.opset, fed, tuple(value.name for value in graph.output), stored, nodes, listed)
+
+
+def is_floating(value: np.ndarray) -> bool:
+    """Whether an array holds floating-point numbers, bfloat16 among them."""
+    return value.dtype.kind == "f" or value.dtype.name == "bfloat16"
 
 
 def _plain_node(node: onnx.NodeProto, model: Model) -> PlainNode:

@@ -28,7 +28,7 @@ from onnx_lowrank.config import METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.matrix import is_pointwise
 from onnx_lowrank.graph.model import Model
-from onnx_lowrank.graph.plain import PlainGraph, plain_graph, with_values
+from onnx_lowrank.graph.plain import PlainGraph, is_floating, plain_graph, with_values
 from onnx_lowrank.planner import Planner, Policy
 from onnx_lowrank.rewrite import LayerReport
 from onnx_lowrank.subject import open_subject
@@ -91,10 +91,10 @@ def search(planner: Planner, bench: Bench) -> Attempt:
             touched,
             settings=replace(refiner.settings(), keep_last=True),
             orthogonal=outer,
-            weight=config.orthogonality,
+            weight=1.0 if config.orthogonality is None else config.orthogonality,
         )
     composed = _composed(planner, first.model, choices, kernels, reports)
-    step = Planner(open_subject(composed.proto, config), config, planner.progress, planner.policy)
+    step = Planner(open_subject(composed, config), config, planner.progress, planner.policy)
     plan = step.estimated()
     small, layers = step.carry_out(plan)
     with planner.stage("finetune"):
@@ -107,9 +107,7 @@ def search(planner: Planner, bench: Bench) -> Attempt:
         f"distance from orthogonal factors, by epoch: {epochs}",
         f"truncated, {second.note}",
     )
-    given = planner.subject.model
-    model = replace(planner.finished(second.model), folder=given.folder, path=given.path)
-    return bench.measure(model, plan.with_notes(*notes), layers)
+    return bench.measure(planner.finished(second.model), plan.with_notes(*notes), layers)
 
 
 def _full(group: Group, method: str, stored: Mapping[str, np.ndarray]) -> Candidate | None:
@@ -163,9 +161,7 @@ def _composed(
     nodes = {node.key: node for node in graph.nodes}
     before = plain_graph(original)
     given = {node.key: node for node in before.nodes}
-    values: dict[str, np.ndarray] = {
-        name: value for name, value in graph.stored.items() if name in before.stored and value.dtype.kind == "f"
-    }
+    values = {name: value for name, value in graph.values.items() if name in before.values and is_floating(value)}
     layers = {layer.name: layer for layer in planner.subject.found.layers}
     for report in reports:
         layer = layers[report.name]
@@ -173,5 +169,5 @@ def _composed(
         values[layer.weight_name] = lift.compose(choices[report.name].chains[0], parts)
         last, old = nodes[report.nodes[-1]], given[report.name]
         if len(last.inputs) > 2 and len(old.inputs) > 2:
-            values[old.inputs[2]] = graph.stored[last.inputs[2]]
+            values[old.inputs[2]] = graph.values[last.inputs[2]]
     return with_values(original, values)

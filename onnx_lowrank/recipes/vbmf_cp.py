@@ -30,7 +30,6 @@ from onnx_lowrank.candidates import Group, price
 from onnx_lowrank.config import METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.cp import CP3
-from onnx_lowrank.graph.model import Model
 from onnx_lowrank.planner import Planner, Policy
 from onnx_lowrank.ranks import parse_estimator
 from onnx_lowrank.rewrite import LayerReport
@@ -85,7 +84,7 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     notes = []
     for number, name in enumerate(names):
         planner.progress("layers", number, len(names))
-        step = Planner(open_subject(model.proto, planner.config), planner.config, planner.progress, planner.policy)
+        step = Planner(open_subject(model, planner.config), planner.config, planner.progress, planner.policy)
         (group,) = (each for each in step.subject.groups if each.names == (name,))
         rank = ranks(group)
         choice = _choice(group, rank)
@@ -105,13 +104,7 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     groups = planner.subject.groups
     plan = planner.plan([choices.get(group.names[0], group.dense) for group in groups], *notes)
     layers = tuple(reports[name] for name in names if name in reports)
-    return bench.measure(_located(planner.finished(model), planner), plan, layers)
-
-
-def _located(model: Model, planner: Planner) -> Model:
-    """A model that was opened from memory, where the one given was."""
-    given = planner.subject.model
-    return replace(model, folder=given.folder, path=given.path)
+    return bench.measure(planner.finished(model), plan, layers)
 
 
 def _eligible(group: Group) -> bool:

@@ -115,7 +115,7 @@ def test_factors_are_kept_orthogonal_and_then_cut(method: str) -> None:
         ({"recipe": "orthogonal"}, "give --finetune labels"),
         (ORTHOGONAL | {"methods": "svd"}, "one of tucker2, channel_svd, channel_svd_in, cp3"),
         (ORTHOGONAL | {"max_drop": 0.1}, "takes its ranks from an estimator"),
-        (ORTHOGONAL | {"orthogonality": -1.0}, "orthogonality -1 was given"),
+        (ORTHOGONAL | {"orthogonality": -1.0}, "orthogonality -1.0 was given"),
     ],
 )
 def test_what_a_recipe_lays_down_is_not_contradicted(options: dict[str, Any], said: str) -> None:

@@ -17,7 +17,7 @@ import models
 import onnx_lowrank as lr
 from onnx_lowrank import cli
 from onnx_lowrank.types import LowRankError, no_progress
-from tests.helpers import normal, parse
+from tests.helpers import assert_close, normal, parse, run
 
 torch = pytest.importorskip("torch", reason="training needs the extra [finetune]")
 
@@ -25,9 +25,9 @@ from onnx_lowrank.finetune import augment, samples  # noqa: E402
 from onnx_lowrank.finetune.blocks import block_ends  # noqa: E402
 from onnx_lowrank.finetune.program import Program, weights_of  # noqa: E402
 from onnx_lowrank.finetune.samples import Samples, read_samples  # noqa: E402
-from onnx_lowrank.finetune.train import Settings, train  # noqa: E402
+from onnx_lowrank.finetune.train import Score, Settings, train  # noqa: E402
 from onnx_lowrank.graph.model import load  # noqa: E402
-from onnx_lowrank.graph.plain import plain_graph  # noqa: E402
+from onnx_lowrank.graph.plain import plain_graph, with_values  # noqa: E402
 
 CALIBRATE = models.DIGITS.with_name("digits_calibrate.npz")
 TEST = models.DIGITS.with_name("digits_test.npz")
@@ -35,6 +35,8 @@ ROUGH: dict[str, Any] = {"rank": "ratio=0.2", "methods": "spatial_svd", "align":
 """Weights alone, and far too few of them: much can be gained."""
 
 WRONG = [({"input": normal(16, 1, 8, 8)}, np.arange(16) % 12)]
+
+RAGGED = [({"input": normal(16, 1, 8, 8)}, np.zeros(shape, int)) for shape in ((16,), (16, 1))]
 
 DISTILL: dict[str, Any] = {"finetune": "distill", "train": CALIBRATE, "epochs": 12, "augment": "none"}
 
@@ -146,6 +148,11 @@ def test_a_loss_of_ones_own(tmp_path: Path, rough: lr.Result) -> None:
         ({"finetune": "labels", "train": WRONG}, "labels from 0 to 11 were given: the model has 10 classes"),
         ({"finetune": "labels", "train": TEST, "loss": "BAD:one"}, "raised ZeroDivisionError"),
         ({"finetune": "labels", "train": TEST, "loss": "BAD:two"}, "returned float"),
+        ({"finetune": "labels", "train": TEST, "loss": "BAD:three"}, "has no gradient"),
+        ({"finetune": "distill", "train": CALIBRATE, "loss": "BAD:three"}, "a loss to distill was given"),
+        ({"train": CALIBRATE, "epochs": 3}, "train, epochs and nothing to train was given"),
+        ({"finetune": "distill", "train": CALIBRATE, "orthogonality": 1.0}, "recipe orthogonal was expected"),
+        ({"finetune": "labels", "train": RAGGED}, "'the labels' differ in shape"),
         ({"finetune": "distill"}, "finetune distill and no samples was given: train DATA was expected"),
         ({"finetune": "magic", "train": CALIBRATE}, "finetune 'magic' was given: one of none, distill, labels"),
         ({"finetune": "labels", "train": TEST, "augment": "mixup"}, "it is for --finetune distill"),
@@ -157,7 +164,10 @@ def test_a_loss_of_ones_own(tmp_path: Path, rough: lr.Result) -> None:
     ],
 )
 def test_options_that_cannot_be_met_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    (tmp_path / "bad.py").write_text("def one(outputs, labels): return 1 / 0\ndef two(outputs, labels): return 0.5\n")
+    (tmp_path / "bad.py").write_text(
+        "def one(outputs, labels): return 1 / 0\ndef two(outputs, labels): return 0.5\n"
+        "def three(outputs, labels): return (next(iter(outputs.values())).argmax(1) != labels).float().mean()\n"
+    )
     if "loss" in options:
         options = options | {"loss": options["loss"].replace("BAD", str(tmp_path / "bad.py"))}
     with pytest.raises(LowRankError, match=said):
@@ -322,3 +332,116 @@ def test_pictures_vary_and_the_rest_does_not(name: str) -> None:
     if name == "flip":
         pairs = zip(varied["picture"], feeds["picture"], strict=True)
         assert all(torch.equal(a, b) or torch.equal(a, b.flip(2)) for a, b in pairs)
+
+
+def labelled(
+    text: str, inputs: dict[str, np.ndarray], labels: np.ndarray, **stored: np.ndarray
+) -> tuple[Program, Samples]:
+    graph = plain_graph(load(parse(text, **stored)))
+    return Program(graph, weights_of(graph)), Samples(inputs, labels)
+
+
+def test_labels_are_those_of_the_first_output_whatever_is_computed_first() -> None:
+    text = """net (float[N, 6] x) => (float[N, 4] scores, float[N, 8] features) {
+        features = MatMul (x, a) scores = MatMul (features, b) }"""
+    x, a, b = normal(64, 6, seed=1), normal(6, 8), normal(8, 4, seed=2)
+    program, data = labelled(text, {"x": x}, (x @ a @ b).argmax(1), a=a, b=b)
+    settings = Settings(labels=True, distill=0.0, epochs=1, batch=16, learning_rate=1e-6)
+    run = train(program, None, data, settings, progress=no_progress)
+    assert run.scores[0][1] == 0.0  # every label is right from the start
+
+
+def test_int32_labels_are_classes_too(tmp_path: Path) -> None:
+    with np.load(TEST) as archive:
+        np.savez(tmp_path / "narrow.npz", input=archive["input"], labels=archive["labels"].astype("int32"))
+    options = {"finetune": "labels", "train": tmp_path / "narrow.npz", "epochs": 1, "augment": "none"}
+    assert lr.compress(models.DIGITS, **ROUGH, **options).report.seconds["finetune"] > 0
+
+
+NORMED = """net (float[N, 6, 4, 4] x) => (float[N, 3] y) {
+    MEAN
+    h = Conv (x, w) n = BatchNormalization (h, scale, shift, mean, variance)
+    p = GlobalAveragePool (n) y = Flatten (p) }"""
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        "mean = Constant <value = float[3] {0.1, 0.2, 0.3}> ()",
+        "mean = Identity (stored)",
+        "mean = Identity (shift)",
+    ],
+)
+def test_statistics_that_follow_the_batches_are_written_and_others_stay(mean: str) -> None:
+    arrays = {
+        "w": normal(3, 6, 1, 1),
+        "scale": np.ones(3, "float32"),
+        "shift": normal(3),
+        "variance": np.ones(3, "float32"),
+    }
+    if "stored" in mean:
+        arrays["stored"] = normal(3, seed=4)
+    model = parse(NORMED.replace("MEAN", mean), **arrays)
+    x = 3 + normal(64, 6, 4, 4, seed=2)
+    graph = plain_graph(load(model))
+    program = Program(graph, weights_of(graph))
+    data = Samples({"x": x}, np.arange(64) % 3)
+    settings = Settings(labels=True, distill=0.0, epochs=3, batch=16, batch_statistics=True, keep_last=True)
+    train(program, None, data, settings, progress=no_progress)
+    written = with_values(load(model), program.values()).proto
+    with torch.no_grad():
+        expected = program(program.tensors({"x": x[:4]}))["y"].numpy()
+    assert_close(run(written, {"x": x[:4]}), [expected], 1e-5)
+
+
+def test_a_model_of_fixed_batches_trains_on_whole_ones() -> None:
+    text = "net (float[8, 6] x) => (float[8, 4] y) { s = Reshape (x, shape) y = MatMul (s, a) }"
+    graph = plain_graph(load(parse(text, a=normal(6, 4), shape=np.array([8, 6]))))
+    student, teacher = Program(graph, weights_of(graph)), Program(graph)
+    with torch.no_grad():
+        student.parameters["a"].mul_(0.5)
+    data = Samples({"x": normal(200, 6)}, None)  # 25 of them held out, 24 looked at
+    run = train(student, teacher, data, Settings(epochs=2, batch=20, part=8), progress=no_progress)
+    assert run.best < Score(0.0, run.scores[0][2])
+
+
+def test_a_run_that_ended_early_stays_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnx_lowrank.finetune.train.PATIENCE", 0.0)
+    looks = []
+    for _ in range(3):
+        student, teacher, data = small()
+        settings = Settings(epochs=12, batch=32, learning_rate=1.0, seed=1)
+        run = train(student, teacher, data, settings, checkpoints=tmp_path, keep=True, progress=no_progress)
+        looks.append(run.scores)
+    assert len(looks[0]) < 13
+    assert looks[1] == looks[2] == looks[0]
+
+
+def test_two_models_that_differ_in_what_does_not_train_do_not_share_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONNX_LOWRANK_CACHE", str(tmp_path))
+    names = []
+    for rank in ("ratio=0.2", "ratio=0.3"):
+        options = ROUGH | DISTILL | {"rank": rank, "trained": "fc*", "epochs": 1}
+        monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: names.append(path.name))
+        lr.compress(models.DIGITS, **options)
+    kept = [name for name in names if name.endswith(".pt")]
+    assert len(kept) == len(set(kept)) == 2
+
+
+def test_a_folder_that_cannot_hold_checkpoints_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("no folder")
+    student, teacher, data = small()
+    run = train(
+        student, teacher, data, Settings(epochs=2, batch=32), checkpoints=tmp_path / "file", progress=no_progress
+    )
+    assert run.epoch == 2
+    assert "no checkpoint can be written" in caplog.text
+
+
+def test_pictures_of_one_sample_vary_alike() -> None:
+    pictures = torch.from_numpy(normal(8, 3, 16, 16))
+    varied = augment.varied({"left": pictures, "right": pictures}, ["flip", "crop", "mixup"], np.random.default_rng(0))
+    assert torch.equal(varied["left"], varied["right"])
+    assert not torch.equal(varied["left"], pictures)

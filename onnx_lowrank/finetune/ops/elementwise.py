@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import reduce
 
 import torch
@@ -105,7 +104,7 @@ ELEMENTWISE: dict[str, Op] = {
     "Sigmoid": lambda node, x: torch.sigmoid(x),
     "Sign": lambda node, x: torch.sign(x),
     "Sin": lambda node, x: torch.sin(x),
-    "Softplus": lambda node, x: F.softplus(x, threshold=math.inf),
+    "Softplus": lambda node, x: torch.logaddexp(x, torch.zeros_like(x)),
     "Softsign": lambda node, x: F.softsign(x),
     "Sqrt": lambda node, x: torch.sqrt(x),
     "Sub": lambda node, a, b: a - b,

@@ -140,7 +140,12 @@ def _batch_norm(
 ) -> torch.Tensor:
     """With stored statistics; the batch's are the program's affair, which keeps the stored ones up to date."""
     node.expect(not node.get("training_mode", 0) and bool(node.get("spatial", 1)), "this mode of BatchNormalization")
-    return F.batch_norm(x, mean, variance, scale, shift, False, 0.0, node.get("epsilon", 1e-5))
+    epsilon = node.get("epsilon", 1e-5)
+    if not (mean.requires_grad or variance.requires_grad):
+        return F.batch_norm(x, mean, variance, scale, shift, False, 0.0, epsilon)
+    # a statistic that is a weight elsewhere: torch has no gradient for it
+    mean, variance, scale, shift = (v.reshape(-1, *(1,) * (x.ndim - 2)) for v in (mean, variance, scale, shift))
+    return (x - mean) * torch.rsqrt(variance + epsilon) * scale + shift
 
 
 def _layer_norm(

@@ -104,13 +104,13 @@ def _slice(
 def _gather(node: Node, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     axis = axis_of(node.get("axis", 0), x)
     index = torch.where(indices < 0, indices + x.shape[axis], indices).to(torch.int64)
-    taken = x.index_select(axis, index.flatten())
+    taken = x.index_select(axis, index.flatten().to(x.device))
     return taken.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
 
 def _gather_elements(node: Node, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     axis = axis_of(node.get("axis", 0), x)
-    return torch.gather(x, axis, torch.where(indices < 0, indices + x.shape[axis], indices).to(torch.int64))
+    return torch.gather(x, axis, torch.where(indices < 0, indices + x.shape[axis], indices).to(x.device, torch.int64))
 
 
 def _expand(node: Node, x: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
