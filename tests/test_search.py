@@ -50,6 +50,7 @@ class FakeBench:
     drop: Share = lambda share: 0.0
     size: Share = lambda share: share
     upper: Callable[[float], float | None] = lambda drop: None
+    trained: Share = lambda drop: drop
     plans: list[Plan] = field(default_factory=list)
 
     @property
@@ -62,6 +63,10 @@ class FakeBench:
         drop = self.drop(plan.ratio("macs"))
         layers: Any = tuple(choice for choice in plan.choices if not choice.dense)
         return Attempt(plan, self.planner.subject.model, Path(), layers, size, accuracy(drop, self.upper(drop)))
+
+    def tuned(self, attempt: Attempt) -> Attempt:
+        drop = self.trained(attempt.accuracy.drop)
+        return replace(attempt, accuracy=accuracy(drop, self.upper(drop)))
 
     def latency(self, attempt: Attempt) -> Latency:
         return latency(self.time(attempt.plan.ratio("macs")))
@@ -156,6 +161,17 @@ def test_the_smallest_plan_that_holds_the_accuracy_is_found(edge: float) -> None
     assert edge <= best.plan.ratio("macs") <= edge + 40 / 624 + 2.0**-SEARCH_STEPS
     assert results(bench, best)["drop"].met
     assert len(bench.plans) <= SEARCH_STEPS + 1
+
+
+def test_what_training_mends_is_held_too() -> None:
+    shares = []
+    for trained in (lambda drop: drop, lambda drop: drop / 3):
+        bench = drop_bench(0.3, drop=lambda share: 1 - share)
+        bench.trained = trained
+        best = within_drop(bench.planner, bench)  # type: ignore[arg-type]
+        assert best.accuracy.drop <= 0.3
+        shares.append(best.plan.ratio("macs"))
+    assert shares[1] < 0.6 * shares[0]
 
 
 def test_the_promise_is_held_on_the_bound_and_not_on_the_drop() -> None:

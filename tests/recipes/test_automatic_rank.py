@@ -72,5 +72,7 @@ def test_what_the_recipe_lays_down_cannot_be_asked_for_otherwise() -> None:
     for options in ({"methods": "cp3"}, {"rank": "vbmf"}):
         with pytest.raises(lr.LowRankError, match=r"recipe automatic_rank .*leave out"):
             lr.compress(models.DIGITS, budget={"macs": 0.5}, **options, **RECIPE)
-    with pytest.raises(lr.LowRankError, match="no recipe is called 'best': one of default, joint_svd, automatic_rank"):
+    with pytest.raises(
+        lr.LowRankError, match="no recipe is called 'best': one of default, joint_svd, vbmf_cp, orthogonal, "
+    ):
         find_recipe("best")
