@@ -55,6 +55,13 @@ class Group:
         return Candidate(self.names, DENSE, (), (), Cost(macs, sum(layer.spec.params for layer in self.owners)), 0.0)
 
 
+def is_spatial_convolution(group: Group) -> bool:
+    """Whether a group is one plain convolution, without groups of channels, whose kernel has more than one tap."""
+    layer = group.layers[0]
+    plain = len(group.layers) == 1 and layer.op_type == "Conv" and layer.spec.group == 1
+    return plain and max(layer.spec.kernel, default=1) > 1
+
+
 def group_of(names: Sequence[str], by_layer: Mapping[str, Group]) -> Group:
     """The layers called `names`: a group as it is, or several of one layer each taken together."""
     group = by_layer[names[0]]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from onnx_lowrank.graph.plain import PlainGraph
 
 
@@ -12,14 +10,12 @@ def block_ends(original: PlainGraph, compressed: PlainGraph) -> tuple[str, ...]:
 
     Between two of them lies at least one node that only the compressed graph has; of several in a row it is the last.
     """
-    known = {name for node in original.nodes for name in node.outputs} & set(_passes(original))
-    changed = {out for node in compressed.nodes for out in node.outputs} - {
-        out for node in original.nodes for out in node.outputs
-    }
+    before = {name for node in original.nodes for name in node.outputs}
+    changed = {name for node in compressed.nodes for name in node.outputs} - before
     ends: list[str] = []
     waiting = ""
     touched = False
-    passes = set(_passes(compressed)) & known
+    passes = _passes(compressed) & _passes(original)
     for node in compressed.nodes:
         if changed & set(node.outputs):
             if waiting and touched:
@@ -35,7 +31,7 @@ def block_ends(original: PlainGraph, compressed: PlainGraph) -> tuple[str, ...]:
     return tuple(name for name in ends if name not in compressed.outputs)
 
 
-def _passes(graph: PlainGraph) -> list[str]:
+def _passes(graph: PlainGraph) -> set[str]:
     """Tensors that are alone alive, beside constants, when they have been made."""
     depends = set(graph.inputs)
     for node in graph.nodes:
@@ -46,16 +42,10 @@ def _passes(graph: PlainGraph) -> list[str]:
         for name in node.inputs:
             last[name] = max(index, last.get(name, -1))
     alive: set[str] = {name for name in graph.inputs if name in last}
-    found = []
+    found: set[str] = set()
     for index, node in enumerate(graph.nodes):
         alive |= {name for name in node.outputs if name in depends and last.get(name, -1) > index}
-        alive = _still(alive, last, index)
+        alive = {name for name in alive if last[name] > index}
         if len(alive) == 1:
-            (name,) = alive
-            if name in node.outputs:
-                found.append(name)
+            found |= alive & set(node.outputs)
     return found
-
-
-def _still(alive: Collection[str], last: dict[str, int], index: int) -> set[str]:
-    return {name for name in alive if last[name] > index}

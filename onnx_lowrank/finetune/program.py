@@ -7,6 +7,7 @@ the same graph by name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -200,11 +201,11 @@ class Program:
 
 def _followed(graph: PlainGraph) -> set[str]:
     """Means and variances that only one BatchNormalization reads: they can follow the batches."""
-    readers = [name for node in graph.nodes for name in node.inputs]
+    readers = Counter(name for node in graph.nodes for name in node.inputs)
     found: set[str] = set()
     for node in graph.nodes:
         pair = node.inputs[3:5]
-        if node.op_type == "BatchNormalization" and all(readers.count(name) == 1 for name in pair):
+        if node.op_type == "BatchNormalization" and all(readers[name] == 1 for name in pair):
             found |= set(pair) if set(pair) <= graph.values.keys() else set()
     return found
 

@@ -18,7 +18,7 @@ from onnx_lowrank.finetune.augment import augmentations
 from onnx_lowrank.finetune.blocks import block_ends
 from onnx_lowrank.finetune.losses import LabelLoss, cross_entropy, orthogonality
 from onnx_lowrank.finetune.program import Program, weights_of
-from onnx_lowrank.finetune.samples import Samples, read_samples
+from onnx_lowrank.finetune.samples import read_samples
 from onnx_lowrank.finetune.train import Run, Settings, forget, look, train
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.plain import PlainGraph, plain_graph, with_values
@@ -126,21 +126,16 @@ class Refiner:
         self._samples = read_samples(data, folder)
         self._part = fixed_batch(data.inputs)
         self._graph = plain_graph(original)
-        self._original = original
         self._teacher = Program(self._graph, device=config.device)
-        if self._labels and self._samples.labels is None:
-            raise LowRankError("--finetune labels takes samples with labels: give --train DATA with labels")
+        if self._labels:
+            self._samples.require_labels()
         self.settings()  # names that are none are told before the work
-        self._check(self._teacher, original)
+        content = serialize(original)
+        self._check(self._teacher, content, original.folder)
         words = repr((config.loss, _text_of(config.loss), config.finetune, config.device))
-        self._salt = hashlib.sha256(serialize(original) + words.encode()).hexdigest()
+        self._salt = hashlib.sha256(content + words.encode()).hexdigest()
         self._left: set[Path] = set()
         self._loss: LabelLoss = cross_entropy if config.loss is None else _guarded(config.loss)
-
-    @property
-    def samples(self) -> Samples:
-        """All samples, those held out among them."""
-        return self._samples
 
     def refine(
         self,
@@ -163,7 +158,8 @@ class Refiner:
         """
         graph = plain_graph(model)
         student = Program(graph, self._trained(graph, touched), device=self._config.device)
-        self._check(student, model)
+        content = serialize(model)
+        self._check(student, content, model.folder)
         settings = settings or self.settings()
         factors = [student.parameters[name] for name in orthogonal]
         run = train(
@@ -176,7 +172,7 @@ class Refiner:
             regularizer=(lambda parameters: weight * orthogonality(factors)) if factors and weight else None,
             watch=(lambda: float(orthogonality(factors).detach())) if factors else None,
             checkpoints=self._checkpoints,
-            salt=f"{self._salt} {hashlib.sha256(serialize(model)).hexdigest()} {sorted(orthogonal)} {weight}",
+            salt=f"{self._salt} {hashlib.sha256(content).hexdigest()} {sorted(orthogonal)} {weight}",
             keep=True,
             progress=self._progress,
         )
@@ -227,10 +223,10 @@ class Refiner:
             chosen |= dict.fromkeys(found)
         return tuple(chosen)
 
-    def _check(self, program: Program, model: Model) -> None:
-        """See that the program is the model: nothing is trained that ONNX Runtime runs otherwise."""
+    def _check(self, program: Program, content: bytes, folder: Path) -> None:
+        """See that the program is the serialised model: nothing is trained that ONNX Runtime runs otherwise."""
         feeds, _ = self._samples.at(np.arange(self._part or min(2, len(self._samples))))
-        expected = Session(serialize(model), RunSettings(optimize=False), folder=model.folder).run(feeds)
+        expected = Session(content, RunSettings(optimize=False), folder=folder).run(feeds)
         with torch.no_grad():
             got = program(program.tensors(feeds))
         if not self._labels and not any(got[name].is_floating_point() for name in program.outputs):

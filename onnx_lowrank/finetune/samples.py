@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,17 @@ class Samples:
         """The samples of these numbers, in this order."""
         labels = None if self.labels is None else self.labels[rows]
         return {name: np.asarray(array[rows]) for name, array in self.arrays.items()}, labels
+
+    def require_labels(self) -> None:
+        """See that there are labels.
+
+        Raises
+        ------
+        LowRankError
+            Where there are none.
+        """
+        if self.labels is None:
+            raise LowRankError("--finetune labels takes samples with labels: give --train DATA with labels")
 
     def split(self) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the samples to train on, and of those held out: one in ``HELD_OUT``."""
@@ -111,10 +121,10 @@ class _Growing:
 def shuffled(rows: np.ndarray, size: int, seed: Sequence[int]) -> Iterator[np.ndarray]:
     """Batches of `rows` in random order; what does not fill one is left for another epoch, where there is one that does."""
     order = np.random.default_rng(seed).permutation(rows)
-    for number in range(max(1, len(rows) // size)):
+    for number in range(batches_of(len(rows), size)):
         yield order[number * size : (number + 1) * size]
 
 
 def batches_of(samples: int, size: int) -> int:
     """How many batches :func:`shuffled` makes."""
-    return max(1, math.floor(samples / size))
+    return max(1, samples // size)

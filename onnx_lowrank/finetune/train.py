@@ -191,8 +191,8 @@ class _Trainer:
         regularizer: Regularizer | None,
         watch: Callable[[], float] | None,
     ) -> None:
-        if settings.labels and samples.labels is None:
-            raise LowRankError("--finetune labels takes samples with labels: give --train DATA with labels")
+        if settings.labels:
+            samples.require_labels()
         self._student, self._teacher, self._samples, self._settings = student, teacher, samples, settings
         self._ends, self._label_loss, self._regularizer, self._watch = ends, label_loss, regularizer, watch
         unit = settings.part or 1

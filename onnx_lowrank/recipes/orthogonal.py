@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lowrank.bench import Attempt, Bench
-from onnx_lowrank.candidates import Group, price
+from onnx_lowrank.candidates import Group, is_spatial_convolution, price
 from onnx_lowrank.config import METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.matrix import is_pointwise
@@ -70,8 +70,8 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     refiner, config = bench.refiner, planner.config
     assert refiner is not None  # the options say so
     groups = planner.subject.groups
-    stored = plain_graph(planner.subject.model).stored
-    choices = {group.names[0]: choice for group in groups if (choice := _full(group, config.methods[0], stored))}
+    before = plain_graph(planner.subject.model)
+    choices = {group.names[0]: choice for group in groups if (choice := _full(group, config.methods[0], before.stored))}
     if not choices:
         raise LowRankError("recipe orthogonal: the model has no plain convolution to factorise")
     wide, reports = planner.carry_out(planner.plan([choices.get(group.names[0], group.dense) for group in groups]))
@@ -93,7 +93,7 @@ def search(planner: Planner, bench: Bench) -> Attempt:
             orthogonal=outer,
             weight=1.0 if config.orthogonality is None else config.orthogonality,
         )
-    composed = _composed(planner, first.model, choices, kernels, reports)
+    composed = _composed(planner, before, first.model, choices, kernels, reports)
     step = Planner(open_subject(composed, config), config, planner.progress, planner.policy)
     plan = step.estimated()
     small, layers = step.carry_out(plan)
@@ -116,9 +116,8 @@ def _full(group: Group, method: str, stored: Mapping[str, np.ndarray]) -> Candid
     kernel = stored.get(layer.weight_name)
     if kernel is None or kernel.shape != layer.spec.weight_shape:
         return None
-    plain = len(group.layers) == 1 and layer.op_type == "Conv" and layer.spec.group == 1
     decomposition = find_decomposition(method)
-    if not plain or max(layer.spec.kernel, default=1) == 1 or lift.refuses(decomposition, [layer.spec]):
+    if not is_spatial_convolution(group) or lift.refuses(decomposition, [layer.spec]):
         return None
     return price(group, method, lift.max_rank(decomposition, [layer.spec]), math.nan)
 
@@ -151,15 +150,15 @@ def _orthonormal(
 
 def _composed(
     planner: Planner,
+    before: PlainGraph,
     wide: Model,
     choices: Mapping[str, Candidate],
     kernels: Mapping[str, Sequence[str]],
     reports: Sequence[LayerReport],
 ) -> Model:
     """The original graph with all that was trained: chains as the kernels that they compute."""
-    graph, original = plain_graph(wide), planner.subject.model
+    graph = plain_graph(wide)
     nodes = {node.key: node for node in graph.nodes}
-    before = plain_graph(original)
     given = {node.key: node for node in before.nodes}
     values = {name: value for name, value in graph.values.items() if name in before.values and is_floating(value)}
     layers = {layer.name: layer for layer in planner.subject.found.layers}
@@ -170,4 +169,4 @@ def _composed(
         last, old = nodes[report.nodes[-1]], given[report.name]
         if len(last.inputs) > 2 and len(old.inputs) > 2:
             values[old.inputs[2]] = graph.values[last.inputs[2]]
-    return with_values(original, values)
+    return with_values(planner.subject.model, values)

@@ -26,7 +26,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lowrank.bench import Attempt, Bench
-from onnx_lowrank.candidates import Group, price
+from onnx_lowrank.candidates import Group, is_spatial_convolution, price
 from onnx_lowrank.config import METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.cp import CP3
@@ -108,13 +108,8 @@ def search(planner: Planner, bench: Bench) -> Attempt:
 
 
 def _eligible(group: Group) -> bool:
-    layer = group.layers[0]
-    plain = len(group.layers) == 1 and layer.op_type == "Conv" and layer.spec.group == 1
-    return plain and max(layer.spec.kernel, default=1) > 1 and _refusal(group) is None
-
-
-def _refusal(group: Group) -> str | None:
-    return lift.refuses(find_decomposition(METHOD), [group.layers[0].spec])
+    refusal = lift.refuses(find_decomposition(METHOD), [group.layers[0].spec])
+    return is_spatial_convolution(group) and refusal is None
 
 
 def _choice(group: Group, rank: int) -> Candidate | None:
