@@ -37,6 +37,7 @@ _NETWORKS: dict[str, Callable[[str, Weights], gs.Graph]] = {
     "resnet18_cifar10": partial(resnet.cifar_wide, repeats=(2, 2, 2, 2), classes=10),
     "resnet34_cifar10": partial(resnet.cifar_wide, repeats=(3, 4, 6, 3), classes=10),
     "resnet34_cifar100": partial(resnet.cifar_wide, repeats=(3, 4, 6, 3), classes=100),
+    "resnet34_half_cifar10": partial(resnet.cifar_wide, repeats=(3, 4, 6, 3), classes=10, part=2),
     "vgg16_cifar10": vgg.cifar10,
     "vgg_small_cifar10": vgg.cifar10_small,
     "alexnet_cifar10": alexnet.cifar10,

@@ -32,11 +32,12 @@ def imagenet(name: str, weights: Weights, branch: Sequence[tuple[int, int]], rep
     return _head(graph, x, weights, 1000)
 
 
-def cifar_wide(name: str, weights: Weights, repeats: Sequence[int], classes: int) -> gs.Graph:
-    """The ImageNet stages (64 to 512 channels) on 32 x 32 pictures: 3x3 first convolution, no max pool."""
+def cifar_wide(name: str, weights: Weights, repeats: Sequence[int], classes: int, part: int = 1) -> gs.Graph:
+    """The ImageNet stages (64 to 512 channels) on 32 x 32 pictures: 3x3 first convolution, no max pool; a `part` of the channels."""
     graph, x = layers.start(name, (3, 32, 32))
-    x = _conv_bn_relu(graph, x, weights, kernel=3, channels=64)
-    x = _stages(graph, x, weights, BASIC, repeats, WIDTHS, projection=True)
+    widths = [width // part for width in WIDTHS]
+    x = _conv_bn_relu(graph, x, weights, kernel=3, channels=widths[0])
+    x = _stages(graph, x, weights, BASIC, repeats, widths, projection=True)
     return _head(graph, x, weights, classes)
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from onnx_lowrank import pipeline, runtime
 from onnx_lowrank.budgets import BUDGET_SOLVERS
-from onnx_lowrank.config import DAMAGES, METHODS, TRAINING, Config, make_config, read_config
+from onnx_lowrank.config import DAMAGES, METHODS, PRECISIONS, TRAINING, Config, make_config, read_config
 from onnx_lowrank.decompositions import DECOMPOSITIONS
 from onnx_lowrank.graph.save import check_destination
 from onnx_lowrank.plans import plan_to_dict
@@ -186,6 +186,10 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             {"type": float, "metavar": "X", "help": "weight of it in the recipe orthogonal (default: 1; 0: none)"},
         ),
         ("--device", {"metavar": "NAME", "help": "cpu or cuda (default: cpu)"}),
+        (
+            "--precision",
+            {"metavar": "NAME", "help": f"of products in training: {', '.join(PRECISIONS)} (default: by device)"},
+        ),
     ),
     "inputs": (
         ("--input-shape", {"action": "append", "metavar": "NAME:1,3,224,224", "help": "sizes of an input; repeatable"}),

@@ -35,7 +35,10 @@ DAMAGES = ("output", "weights", "energy", "accuracy", "combined")
 TRAINING = ("none", "distill", "labels")
 """What `finetune` may be."""
 
-TRAINING_ONLY = ("train", "epochs", "learning_rate", "augment", "loss", "batch_statistics")
+PRECISIONS = ("float32", "bfloat16")
+"""What products may be computed in when a model is trained."""
+
+TRAINING_ONLY = ("train", "epochs", "learning_rate", "augment", "loss", "batch_statistics", "precision")
 """Options that say nothing where nothing is trained."""
 
 
@@ -84,6 +87,8 @@ class Config:
         `train` (`calibrate`, where nothing is given). None of `epochs` takes as many as make 3,000 steps.
     device
         What torch trains on: ``cpu``, ``cuda``...
+    precision
+        Of the products in training: ``float32`` or ``bfloat16``; None takes float32 on the CPU, bfloat16 on cuda.
     augment
         How pictures are varied: ``flip``, ``crop``, ``mixup``, ``none``; None for flips and shifts.
     learning_rate, train_batch
@@ -126,6 +131,7 @@ class Config:
     train: Any = None
     epochs: int | None = None
     device: str = "cpu"
+    precision: str | None = None
     augment: tuple[str, ...] | None = None
     learning_rate: float | None = None
     train_batch: int = 64
@@ -167,6 +173,8 @@ class Config:
         weight = self.orthogonality
         _expect(weight is None or 0 <= weight < math.inf, f"orthogonality {weight}", "a number of at least 0")
         _expect(weight is None or self.recipe == "orthogonal", f"orthogonality {weight}", "recipe orthogonal")
+        named = self.precision is None or self.precision in PRECISIONS
+        _expect(named, f"precision '{self.precision}'", f"one of {', '.join(PRECISIONS)}")
         idle = [name for name in TRAINING_ONLY if self.finetune == "none" and getattr(self, name) is not None]
         _expect(not idle, f"{', '.join(idle)} and nothing to train", "finetune distill or labels")
         _expect(self.loss is None or self.finetune == "labels", "a loss to distill", "finetune labels")
@@ -302,7 +310,7 @@ def _shapes(name: str, value: Any) -> dict[str, tuple[int, ...]]:
 
 READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preprocess", "metric", "objective", "recipe", "solver", "damage", "rank", "provider"), _text),
-    **dict.fromkeys(("finetune", "device", "loss"), _text),
+    **dict.fromkeys(("finetune", "device", "precision", "loss"), _text),
     **dict.fromkeys(("methods", "include", "exclude", "augment", "trained"), _texts),
     **dict.fromkeys(("threads", "batch_size", "jobs", "seed", "align", "epochs", "train_batch"), _whole),
     "budget": _budgets,

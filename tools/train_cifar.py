@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -72,6 +73,7 @@ def main() -> None:
         weight_decay=5e-2,
         augment=("flip", "crop"),
         batch_statistics=True,
+        precision=args.precision,
     )
     start = time.perf_counter()
     samples = Samples({"input": cifar.inputs(images)}, labels)

@@ -191,10 +191,10 @@ class Program:
             for name, value in {**self.parameters, **self.statistics}.items():
                 value.copy_(state[name])
 
-    def tensors(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        """Feeds as tensors, on the device; pictures with their channels last where that is faster."""
+    def tensors(self, feeds: Mapping[str, np.ndarray], *, channels_last: bool = False) -> Tensors:
+        """Feeds as tensors, on the device; pictures may have their channels last, which products in bfloat16 like."""
         made = {name: to_tensor(value, widen=True).to(self.device) for name, value in feeds.items()}
-        if self.device.type == "cpu":  # where it is not
+        if not channels_last:
             return made
         return {n: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in made.items()}
 

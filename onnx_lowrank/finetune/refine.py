@@ -207,6 +207,7 @@ class Refiner:
             blockwise=0.0 if self._fitted else Settings.blockwise,
             augment=augmentations(names, labelled=self._labels),
             batch_statistics=(self._labels and enough) if config.batch_statistics is None else config.batch_statistics,
+            precision=config.precision,
             seed=config.seed,
         )
 

@@ -44,6 +44,9 @@ KEPT = 64
 HASHED = 256
 """Samples that go into a checkpoint's name at a time."""
 
+PRECISION = {"cuda": "bfloat16"}
+"""Of products, by kind of device, where nothing is said; otherwise float32."""
+
 Regularizer = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """``function(parameters) -> scalar`` that is added to the loss."""
 
@@ -81,6 +84,8 @@ class Settings:
     blockwise: float = 0.2
     augment: tuple[str, ...] = ()
     batch_statistics: bool = False
+    precision: str | None = None
+    """``float32`` or ``bfloat16`` products; None for the latter on cuda. Weights and sums are float32."""
     seed: int = 0
     keep_last: bool = False
     """End with the last weights, not with the best that the samples held out saw."""
@@ -211,6 +216,7 @@ class _Trainer:
             ],
             lr=settings.learning_rate,
         )
+        self._halved = (settings.precision or PRECISION.get(student.device.type)) == "bfloat16"
         # labels are judged by themselves
         self._wanted = [self._original(rows) for rows in self._looks()] if teacher and not settings.labels else []
 
@@ -318,7 +324,7 @@ class _Trainer:
     def _loss(self, rows: np.ndarray, epoch: int, rng: np.random.Generator) -> torch.Tensor:
         settings, student = self._settings, self._student
         feeds, labels = self._samples.at(rows)
-        given = varied(student.tensors(feeds), settings.augment, rng)
+        given = varied(student.tensors(feeds, channels_last=self._halved), settings.augment, rng)
         blockwise = not settings.labels and bool(self._ends) and epoch < settings.blockwise * self._epochs
         wanted: dict[str, torch.Tensor] = {}
         with self._precision():
@@ -345,9 +351,7 @@ class _Trainer:
         return loss + settings.features * distances(got, features) if features else loss
 
     def _precision(self) -> Any:
-        """Products in half the bits where the device has units for them."""
-        cuda = self._student.device.type == "cuda"
-        return torch.autocast("cuda", dtype=torch.bfloat16) if cuda else nullcontext()
+        return torch.autocast(self._student.device.type, dtype=torch.bfloat16) if self._halved else nullcontext()
 
     def key(self, salt: str) -> str:
         """Names all that decides about the course of this training."""
