@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,11 @@ from onnx_lowrank.graph.find import model_cost
 from onnx_lowrank.graph.model import Model, all_graphs, load
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.planner import Planner
+from onnx_lowrank.quantize import Choice, Measured, choose, measure_ranges, prepared
+from onnx_lowrank.quantize.rounding import rounding_of
 from onnx_lowrank.report.data import Size
 from onnx_lowrank.rewrite import LayerReport
-from onnx_lowrank.runtime import RunSettings, Session, give_back_memory
+from onnx_lowrank.runtime import RunSettings, Session, give_back_memory, time_pair
 from onnx_lowrank.sensitivity import difference
 from onnx_lowrank.subject import open_config_data, shapes_of
 from onnx_lowrank.timings import cache_folder
@@ -54,6 +57,12 @@ UNFITTED = (
     "calibration samples"
 )
 
+ROUNDED_SHARE = 0.25
+"""Of the training of a model, that it gets once more through the rounding of its quantised form."""
+
+QUICK_SECONDS = 2.0
+"""That one way to quantise a model is timed for."""
+
 LARGE = 1 << 26
 """Models of more bytes than this wait on disk while they are measured, not in memory."""
 
@@ -77,6 +86,10 @@ class Attempt:
     layers: tuple[LayerReport, ...]
     size: Size
     accuracy: Accuracy
+    source: _Placed | None = None
+    """What it was before it was quantised."""
+    choice: Choice | None = None
+    """How it was quantised."""
 
 
 class Bench:
@@ -177,12 +190,31 @@ class Bench:
         if self.refiner is None or not attempt.layers:
             return attempt
         touched = [node for layer in attempt.layers for node in layer.nodes]
+        given = attempt.source or attempt
         with self.planner.stage("finetune"):
-            refined = self.refiner.refine(attempt.model or load(attempt.path), touched)
+            refined = self.refiner.refine(given.model or load(given.path), touched)
         placed = self._place(self.planner.finished(refined.model))
         if attempt.path in self._latencies:
             self._latencies[placed.path] = self._latencies[attempt.path]
-        return self._measure(placed, attempt.plan.with_notes(refined.note), attempt.layers)
+        tuned = self._measure(placed, attempt.plan.with_notes(refined.note), attempt.layers)
+        return self._rounded(tuned) if tuned.choice else tuned
+
+    def _rounded(self, attempt: Attempt) -> Attempt:
+        """A quantised `attempt` trained once more, through its rounding; the better of both."""
+        assert self.refiner is not None and attempt.choice is not None
+        choice, settings = attempt.choice, self.refiner.settings()
+        touched = [node.name for node in choice.given.graph.node]
+        few = max(1, round(ROUNDED_SHARE * settings.epochs)) if settings.epochs else None
+        settings = replace(settings, epochs=few, steps=round(ROUNDED_SHARE * settings.steps), batch_statistics=False)
+        with self.planner.stage("finetune"):
+            rounding = rounding_of(choice.given, choice.model)
+            refined = self.refiner.refine(choice.given, touched, settings=settings, rounding=rounding)
+        better = choice.of(refined.model)
+        path = self._write(better.model)
+        size = replace(attempt.size, size_bytes=_bytes(path.parent.iterdir()))
+        plan = attempt.plan.with_notes(f"through the rounding of INT8, {refined.note}")
+        made = self._measured(_Placed(path, size, better.model), plan, attempt.layers)
+        return replace(made, source=attempt.source, choice=better)
 
     def _difference(self, path: Path) -> float:
         """How far the outputs of a model are from the original's, on the samples that no layer was fitted to."""
@@ -217,6 +249,13 @@ class Bench:
         return _Placed(path, Size(cost.macs, cost.params, size), model if keep else None)
 
     def _measure(self, placed: _Placed, plan: Plan, layers: tuple[LayerReport, ...]) -> Attempt:
+        if self.planner.config.quantize == "none":
+            return self._measured(placed, plan, layers)
+        choice, quantized = self._quantized(placed)
+        made = self._measured(quantized, plan.with_notes(choice.note), layers)
+        return replace(made, source=placed, choice=choice)
+
+    def _measured(self, placed: _Placed, plan: Plan, layers: tuple[LayerReport, ...]) -> Attempt:
         path = placed.path
         give_back_memory()
         with self.planner.stage("verify"):
@@ -226,6 +265,31 @@ class Bench:
             name, metric = self._metric
             accuracy = check_accuracy(original, session, self._batches(), name, metric)
         return Attempt(plan, placed.model, path, layers, placed.size, accuracy)
+
+    def _quantized(self, placed: _Placed) -> tuple[Choice, _Placed]:
+        """A model in eight bits, as it measures best."""
+        planner = self.planner
+        model = placed.model or load(placed.path)
+        with planner.stage("quantize"):
+            feeds = planner.calibration()
+            assert feeds is not None  # the options say so
+            ready = prepared(model, feeds)
+            shapes = shapes_of(ready, planner.subject.inputs, planner.subject.sample_shapes)
+            choice = choose(ready, shapes, measure_ranges(ready, feeds), self._quick_look)
+        path = self._write(choice.model)
+        if objection := check_model(path):
+            raise LowRankError(f"the quantised model is not valid, please report this: {objection}")
+        size = replace(placed.size, size_bytes=_bytes(path.parent.iterdir()))
+        return choice, _Placed(path, size, choice.model)
+
+    def _quick_look(self, model: Model) -> Measured:
+        """Error of the outputs on samples that nothing was fitted to, and time beside the original's."""
+        path = self._write(model)
+        feeds = self.planner.subject.feeds(self.planner.config.batch_size)
+        timing = time_pair(self._session, self._session_of(path), feeds, seconds=QUICK_SECONDS)
+        difference = self._difference(path)
+        shutil.rmtree(path.parent)
+        return Measured(difference, 1 / timing.speedup)
 
     def model_of(self, attempt: Attempt) -> Model:
         """The model of an attempt, after which nothing more is measured: the sessions make room for it."""

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from onnx_lowrank import pipeline, runtime
 from onnx_lowrank.budgets import BUDGET_SOLVERS
-from onnx_lowrank.config import DAMAGES, METHODS, PRECISIONS, TRAINING, Config, make_config, read_config
+from onnx_lowrank.config import DAMAGES, METHODS, PRECISIONS, QUANTIZATIONS, TRAINING, Config, make_config, read_config
 from onnx_lowrank.decompositions import DECOMPOSITIONS
 from onnx_lowrank.graph.save import check_destination
 from onnx_lowrank.plans import plan_to_dict
@@ -150,6 +150,10 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         (
             "--fold-batchnorm",
             {"action": "store_true", "default": None, "help": "fold BatchNormalization into convolutions at the end"},
+        ),
+        (
+            "--quantize",
+            {"metavar": "KIND", "help": f"{', '.join(QUANTIZATIONS)}: INT8 (QDQ) at the end (default: none)"},
         ),
     ),
     "data": (

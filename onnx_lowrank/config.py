@@ -32,6 +32,9 @@ METHODS = ("svd", "tucker2", "spatial_svd", "channel_svd", "channel_svd_in", "cp
 DAMAGES = ("output", "weights", "energy", "accuracy", "combined")
 """What a plan may count as the damage that a candidate does."""
 
+QUANTIZATIONS = ("none", "int8")
+"""What `quantize` may be."""
+
 TRAINING = ("none", "distill", "labels")
 """What `finetune` may be."""
 
@@ -82,6 +85,9 @@ class Config:
     fold_batchnorm
         Fold BatchNormalization into the convolution before it, at the end: a kernel is better decomposed before its
         channels are scaled.
+    quantize
+        ``int8``: the result is quantised at the end (QDQ, static, a scale for each channel of a kernel), on samples of
+        `calibrate`; all that was asked for is held by the quantised model, and latency is planned in eight bits.
     finetune, train, epochs
         ``distill`` trains the compressed graph towards the original's outputs, ``labels`` towards labels, on the samples of
         `train` (`calibrate`, where nothing is given). None of `epochs` takes as many as make 3,000 steps.
@@ -127,6 +133,7 @@ class Config:
     exclude: tuple[str, ...] = ()
     group: Mapping[str, str] = field(default_factory=dict)
     fold_batchnorm: bool = False
+    quantize: str = "none"
     finetune: str = "none"
     train: Any = None
     epochs: int | None = None
@@ -161,6 +168,9 @@ class Config:
         names = [budget.metric for budget in self.budget]
         _expect(len(set(names)) == len(names), f"two budgets for {names}", "one for each metric")
         _expect(self.objective in metrics, f"objective '{self.objective}'", f"one of {', '.join(metrics)}")
+        _expect(self.quantize in QUANTIZATIONS, f"quantize '{self.quantize}'", f"one of {', '.join(QUANTIZATIONS)}")
+        sampled = self.quantize == "none" or self.calibrate is not None
+        _expect(sampled, f"quantize {self.quantize} and no samples", "calibrate DATA")
         held = self.max_drop is None or 0 <= self.max_drop < math.inf
         _expect(held, f"max_drop {self.max_drop}", "a number of at least 0")
         _expect(bool(self.methods), "an empty list of methods", "at least one decomposition")
@@ -310,7 +320,7 @@ def _shapes(name: str, value: Any) -> dict[str, tuple[int, ...]]:
 
 READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preprocess", "metric", "objective", "recipe", "solver", "damage", "rank", "provider"), _text),
-    **dict.fromkeys(("finetune", "device", "precision", "loss"), _text),
+    **dict.fromkeys(("finetune", "device", "precision", "loss", "quantize"), _text),
     **dict.fromkeys(("methods", "include", "exclude", "augment", "trained"), _texts),
     **dict.fromkeys(("threads", "batch_size", "jobs", "seed", "align", "epochs", "train_batch"), _whole),
     "budget": _budgets,

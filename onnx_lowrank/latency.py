@@ -6,6 +6,9 @@ inside the network, where layouts and fusions are what they will be. In one meas
 another chain at once, and layers that are alike share what is learned; a few dozen runs fill the table. The kernels are
 random numbers: time does not depend on them.
 
+Where the result is to be quantised, what is timed is quantised too, by ranges that are made up: the times are those of eight bits,
+as shares of the original's in floating point.
+
 Sums of such times miss what happens between the layers. So the whole of a plan is measured before any kernel is
 fitted (:meth:`LatencyTable.check`), what is learned of its layers goes into the table, and the plan is made again.
 """
@@ -17,7 +20,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +34,7 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.owners import Owned, own_nodes, owners
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.graph.splice import Replacement, splice
+from onnx_lowrank.quantize import as_quantized
 from onnx_lowrank.runtime import (
     Profile,
     RunSettings,
@@ -84,22 +88,32 @@ class _Times:
 class _Bench:
     """A scratch folder, and the original in a session, beside which models are timed."""
 
-    def __init__(self, model: Model, given: Path | None, feeds: Feeds, settings: RunSettings, folder: Path) -> None:
-        self._feeds, self._settings, self._folder = feeds, settings, folder
+    def __init__(
+        self,
+        given: Path | None,
+        model: Model,
+        feeds: Feeds,
+        settings: RunSettings,
+        folder: Path,
+        deployed: Callable[[Model], Model],
+    ) -> None:
+        self._feeds, self._settings, self._folder, self._deployed = feeds, settings, folder, deployed
         self._latest: Path | None = None
-        if given is None:
+        self.model = deployed(model)
+        if given is None or self.model is not model:
             given = folder / "original.onnx"
-            save(model, given)
+            save(self.model, given)
         self.path = given
         self.reference = Session(given, settings)
 
-    def write(self, model: Model) -> Path:
-        """Write a model in the place of the one before it."""
+    def write(self, model: Model) -> tuple[Path, Model]:
+        """Write a model in the place of the one before it; and what was written, which may be quantised."""
         if self._latest is not None:
             shutil.rmtree(self._latest)
         self._latest = Path(tempfile.mkdtemp(dir=self._folder))
-        save(model, self._latest / "model.onnx")
-        return self._latest / "model.onnx"
+        written = self._deployed(model)
+        save(written, self._latest / "model.onnx")
+        return self._latest / "model.onnx", written
 
     def profile(self, path: Path) -> Profile:
         """Times of the nodes of a model."""
@@ -110,13 +124,16 @@ class _Bench:
 class LatencyTable:
     """Latency of the candidates of a model, on one provider with its threads and batch size."""
 
-    def __init__(self, subject: Subject, config: Config, feeds: Feeds, progress: Progress) -> None:
+    def __init__(self, subject: Subject, config: Config, feeds: Feeds, progress: Progress, beginning: int = 0) -> None:
         """Measure the model as it is.
 
         Parameters
         ----------
         feeds
             What it is timed on.
+        beginning
+            Where the result is to be quantised, which part of it stays in floating point; see
+            :func:`onnx_lowrank.quantize.beginnings`.
 
         Raises
         ------
@@ -127,6 +144,7 @@ class LatencyTable:
         self._settings = RunSettings(config.provider, config.threads)
         self._rng = np.random.default_rng(config.seed)
         self._given = subject.model.path
+        self._quantize, self._beginning = config.quantize != "none", beginning
         self._timings = Timings(self._environment(config), cache_folder())
         self.measured = self.wanted = 0
         """Points measured, and how many there were to measure."""
@@ -135,8 +153,9 @@ class LatencyTable:
         self._own_nodes = own_nodes(subject.model, subject.found)
         with self._bench() as bench:
             self._first = bench.profile(bench.path)
-            self._owned = owners(subject.model, self._own_nodes, self._first.optimized)
+            self._owned = owners(bench.model, self._own_nodes, self._first.optimized)
             self._whole_ms = typical(self._timing(bench, bench.reference).first_ms)
+            self._share = 1 / self._float_speedup(bench) if self._quantize else 1.0
         self._account(self._first, 1.0)
         self._kinds = {group.names: _kind(group, self._owned) for group in subject.groups}
 
@@ -148,8 +167,18 @@ class LatencyTable:
 
     @property
     def original(self) -> Cost:
-        """Cost of the whole model."""
-        return replace(self._subject.cost, latency_ms=math.fsum(self._dense.layers.values()) + self._dense.rest)
+        """Cost of the whole model as it was given."""
+        return replace(self._subject.cost, latency_ms=self._whole / self._share)
+
+    @property
+    def rest(self) -> float:
+        """What belongs to no group of layers, in milliseconds."""
+        return self._whole - math.fsum(self._dense.of(group) for group in self._subject.groups)
+
+    @property
+    def _whole(self) -> float:
+        """Of the model without a chain, quantised where the result is to be."""
+        return math.fsum(self._dense.layers.values()) + self._dense.rest
 
     def fill(self, candidates: Sequence[Sequence[Candidate]]) -> None:
         """Measure what it takes to tell the latency of every candidate, as far as ``TABLE_SECONDS`` go."""
@@ -194,14 +223,25 @@ class LatencyTable:
         """Measured latency of a whole plan as a share of the original's; what is seen of its layers is learned."""
         choices = [choice for choice in plan.choices if not choice.dense]
         if not choices:
-            return 1.0
+            return self._share
         with self._bench() as bench:
             ratio = self._learn(bench, choices, whole=True)
         self._timings.save()
-        return ratio
+        return ratio * self._share
+
+    def _float_speedup(self, bench: _Bench) -> float:
+        """How many times faster the quantised model is than the one that was given."""
+        with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
+            model, given = self._subject.model, self._given
+            first = _Bench(given, model, self._feeds, self._settings, Path(folder), lambda model: model)
+            return self._timing(first, bench.reference).speedup
+
+    def _deployed(self, model: Model) -> Model:
+        """A model as it is going to be run."""
+        return as_quantized(model, self._subject.sample_shapes, self._beginning) if self._quantize else model
 
     def _timing(self, bench: _Bench, other: Session) -> Timing:
-        """The original and another model in turn."""
+        """The model of a bench and another one in turn."""
         return time_pair(bench.reference, other, self._feeds, rounds=CHECK_ROUNDS, seconds=CHECK_SECONDS)
 
     def _account(self, profile: Profile, ratio: float) -> None:
@@ -219,7 +259,8 @@ class LatencyTable:
     def _bench(self) -> Iterator[_Bench]:
         """The original in a session, and a scratch folder; both go when the measurement is done."""
         with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-            yield _Bench(self._subject.model, self._given, self._feeds, self._settings, Path(folder))
+            model, given = self._subject.model, self._given
+            yield _Bench(given, model, self._feeds, self._settings, Path(folder), self._deployed)
         give_back_memory()
 
     def _environment(self, config: Config) -> dict[str, str]:
@@ -230,6 +271,7 @@ class LatencyTable:
             "processor": processor(),
             "threads": str(config.threads),
             "batch": str(config.batch_size),
+            **({"quantize": f"{config.quantize} from {self._beginning}"} if self._quantize else {}),
         }
 
     def _times(self, profile: Profile, owned: Sequence[Owned]) -> _Times:
@@ -255,12 +297,12 @@ class LatencyTable:
                     made[shapes] = self._kernels(layers[name], chain)
                 replacements.append(Replacement(name, choice.decomposition, choice.rank, chain, made[shapes]))
         model, nodes = splice(subject.model, subject.found, replacements)
-        path = bench.write(model)
+        path, written = bench.write(model)
         profile, ratio = bench.profile(path), math.nan
         if whole:
             ratio = 1 / self._timing(bench, Session(path, self._settings)).speedup
             self._account(profile, ratio)
-        owned = owners(model, self._own_nodes | nodes, profile.optimized)
+        owned = owners(written, self._own_nodes | nodes, profile.optimized)
         times = self._times(profile, owned)
         for choice in choices:
             if choice.layers not in groups:

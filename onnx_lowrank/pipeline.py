@@ -16,6 +16,7 @@ from onnx_lowrank.graph.save import save
 from onnx_lowrank.integrations import from_proto
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.plans import plan_to_dict, read_choices, read_plan
+from onnx_lowrank.quantize import check_unquantized
 from onnx_lowrank.recipes import find_recipe
 from onnx_lowrank.report.data import Report, Size, environment, plain
 from onnx_lowrank.search import budget_results
@@ -162,9 +163,10 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
     config = _configured(config, options)
     recipe = find_recipe(config.recipe)
     config = recipe.configure(config)
-    if not config.budget and config.max_drop is None and not config.rank:
+    if not config.budget and config.max_drop is None and not config.rank and config.quantize == "none":
         raise LowRankError(
-            "nothing was asked for: give a budget (macs=0.5), the largest drop accepted (max_drop 0.01) or a rank estimator (vbmf)"
+            "nothing was asked for: give a budget (macs=0.5), the largest drop accepted (max_drop 0.01), a rank estimator "
+            "(vbmf) or quantize int8"
         )
     if config.max_drop is not None and config.evaluate is None and config.calibrate is None:
         raise LowRankError("max_drop needs samples to hold it on: give --evaluate DATA")
@@ -173,6 +175,8 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
             f"max_drop of {config.metric}: the original has no such figure to lose; use cosine or agreement"
         )
     planner = Planner(open_subject(model, config), config, progress, recipe.policy(config))
+    if config.quantize != "none":
+        check_unquantized(planner.subject.model)
     if not planner.subject.found.layers:
         raise LowRankError(
             "the model has no layer to decompose (Conv, ConvTranspose, Gemm or MatMul with a stored float weight)"

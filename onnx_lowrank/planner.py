@@ -21,8 +21,10 @@ from onnx_lowrank.decompositions import find_decomposition, is_joint
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.sections import alike
+from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.parallel import run_all
+from onnx_lowrank.quantize import beginnings
 from onnx_lowrank.ranks import parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
@@ -116,6 +118,7 @@ class Planner:
         self._unmeasured: list[tuple[Candidate, ...]] | None = None
         self._by_accuracy: list[tuple[Candidate, ...]] | None = None
         self._table: LatencyTable | None = None
+        self._tables: list[LatencyTable] = []
         self._latency_notes: tuple[str, ...] = ()
         self._refused: tuple[Skip, ...] = ()
         self.fitted_on = 0, 0
@@ -283,7 +286,8 @@ class Planner:
     def _costs(self) -> tuple[Cost, Cost]:
         """Cost of what no group covers, and of the whole model."""
         whole = self._table.original if self._table else self.subject.cost
-        return whole - sum((choice.cost for choice in self._dense()), Cost(0, 0)), whole
+        rest = whole - sum((choice.cost for choice in self._dense()), Cost(0, 0))
+        return (replace(rest, latency_ms=self._table.rest) if self._table else rest), whole
 
     def _with_biases(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         """Candidates with the biases that layers without one are given, for the correction of their mean."""
@@ -314,14 +318,47 @@ class Planner:
         """Whether the latency of candidates is known; it is measured here where the configuration needs it."""
         if self._table is None and not self._latency_notes and self.config.needs_latency:
             candidates = self.candidates()
+            subject, config = self.subject, self.config
+            ways = (
+                1
+                if config.quantize == "none"
+                else len(beginnings(subject.model, infer(subject.model, subject.sample_shapes)))
+            )
             with self.stage("latency"):
-                feeds = self.subject.feeds(self.config.batch_size)
-                table = LatencyTable(self.subject, self.config, feeds, self.progress)
-                if table.usable:
-                    table.fill(candidates)
-                    self._table = table
-            self._latency_notes = _table_notes(table, self.config)
+                feeds = subject.feeds(config.batch_size)
+                for way in range(ways):
+                    table = LatencyTable(subject, config, feeds, self.progress, way)
+                    if table.usable:
+                        table.fill(candidates)
+                        self._tables.append(table)
+                    self._latency_notes = self._latency_notes or _table_notes(table, config)
+            self._table = next(iter(self._tables), None)
         return self._table is not None
+
+    def _best(self, make: Callable[[], Plan], worth: Callable[[Plan], float]) -> Plan:
+        """The best of what is made by each table of times; the one it was made by is that of all that follows.
+
+        Raises
+        ------
+        OutOfReach
+            Where none allows it.
+        """
+        if len(self._tables) < 2:
+            return make()
+        made: list[tuple[float, int, Plan]] = []
+        for number, table in enumerate(self._tables):
+            self._table = table
+            try:
+                plan = make()
+            except OutOfReach as error:
+                refused = error
+                continue
+            made.append((worth(plan), number, plan))
+        if not made:
+            raise refused
+        _, number, plan = min(made, key=lambda item: item[:2])
+        self._table = self._tables[number]
+        return plan
 
     def solve(self, budgets: Sequence[Budget]) -> Plan:
         """The plan of least predicted error within budgets on MACs, parameters and (predicted) latency.
@@ -331,7 +368,7 @@ class Planner:
         OutOfReach
             Where there is none.
         """
-        return self._solved(self.candidates(), budgets)
+        return self._best(lambda: self._solved(self.candidates(), budgets), lambda plan: plan.error)
 
     def _allocated(self, candidates: Sequence[Sequence[Candidate]], budgets: Sequence[Budget]) -> Plan:
         """As :meth:`solve`, but made again until the whole plan, measured, takes about as long as it may."""
@@ -387,7 +424,7 @@ class Planner:
         """
         if self._solver is not BUDGET_SOLVERS["knapsack"] or self.config.damage == "combined":
             return self._plans(self.candidates(), budgets)
-        first = self._allocated(self.candidates(), budgets)
+        first = self._best(lambda: self._allocated(self.candidates(), budgets), lambda plan: plan.error)
         if self._unmeasured is None or self._candidates is None:
             return [first]
         halfway = [
@@ -400,8 +437,12 @@ class Planner:
 
     def smallest(self, metric: Metric, *notes: str) -> Plan:
         """The plan that goes as far down in `metric` as the candidates allow."""
-        candidates = self._table.priced(self.candidates()) if self._table else self.candidates()
-        return self.plan(cheapest(candidates, metric), *notes)
+
+        def made() -> Plan:
+            candidates = self._table.priced(self.candidates()) if self._table else self.candidates()
+            return self.plan(cheapest(candidates, metric), *notes)
+
+        return self._best(made, lambda plan: plan.ratio(metric))
 
     def estimated(self) -> Plan:
         """The plan that a rank estimator makes, in the place of an allocation."""

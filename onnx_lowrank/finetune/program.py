@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from onnx_lowrank.finetune.ops import OPS, Node, to_tensor
+from onnx_lowrank.finetune.rounding import Rounder
 from onnx_lowrank.graph.plain import PlainGraph, PlainNode, is_floating
+from onnx_lowrank.quantize.rounding import Rounding
 from onnx_lowrank.types import LowRankError
 
 OLDEST = 7
@@ -65,6 +67,8 @@ class Program:
         Compute half precision as float32.
     device
         Where tensors live: ``cpu``, ``cuda``...
+    rounding
+        What is rounded as a quantised model rounds it.
 
     Attributes
     ----------
@@ -80,7 +84,13 @@ class Program:
     """
 
     def __init__(
-        self, graph: PlainGraph, trained: Collection[str] = (), *, widen: bool = True, device: str = "cpu"
+        self,
+        graph: PlainGraph,
+        trained: Collection[str] = (),
+        *,
+        widen: bool = True,
+        device: str = "cpu",
+        rounding: Rounding | None = None,
     ) -> None:
         self.inputs, self.outputs, self.device = graph.inputs, graph.outputs, torch.device(device)
         if graph.opset < OLDEST:
@@ -93,6 +103,7 @@ class Program:
         self.parameters = {
             name: torch.nn.Parameter(stored[name].to(self.device)) for name in stored if name in set(trained)
         }
+        self._rounder = Rounder(rounding) if rounding else None
         self.statistics = {
             name: stored[name].to(self.device) for name in _followed(graph) if name in stored and name not in trained
         }
@@ -159,6 +170,10 @@ class Program:
         instead = instead or {}
         wanted = {*self.outputs, *keep, *instead}
         alive: Tensors = {**self._constants, **self.parameters, **self.statistics, **feeds}
+        round_to = self._rounder
+        if round_to:
+            alive |= {name: round_to.weight(name, value) for name, value in (self._constants | self.parameters).items()}
+            alive |= {name: round_to.activation(name, value) for name, value in feeds.items()}
         results: Tensors = {}
         for step in self._steps:
             run = step.run
@@ -167,9 +182,10 @@ class Program:
                 run = _normalise
             made = _call(step.node, run, alive)
             for name, value in made.items():
+                passed = round_to.activation(name, value) if round_to else value
                 if name in wanted:
-                    results[name] = value
-                alive[name] = instead.get(name, value)
+                    results[name] = passed
+                alive[name] = instead.get(name, passed)
             for name in step.forget:
                 alive.pop(name, None)
         for name in self.outputs:  # what never changes may be an output too

@@ -22,6 +22,7 @@ from onnx_lowrank.finetune.samples import read_samples
 from onnx_lowrank.finetune.train import Run, Settings, forget, look, train
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.plain import PlainGraph, plain_graph, with_values
+from onnx_lowrank.quantize.rounding import Rounding
 from onnx_lowrank.runtime import RunSettings, Session
 from onnx_lowrank.types import LowRankError, Progress
 
@@ -145,6 +146,7 @@ class Refiner:
         settings: Settings | None = None,
         orthogonal: Collection[str] = (),
         weight: float = 0.0,
+        rounding: Rounding | None = None,
     ) -> Refined:
         """Train `model`, whose nodes called `touched` are new.
 
@@ -155,11 +157,15 @@ class Refiner:
         orthogonal, weight
             Names of factors to keep orthogonal, and what their distance from it counts; see
             :func:`onnx_lowrank.finetune.losses.orthogonality`.
+        rounding
+            What the quantised form of `model` rounds: it is trained as if it were that.
         """
         graph = plain_graph(model)
         student = Program(graph, self._trained(graph, touched), device=self._config.device)
         content = serialize(model)
         self._check(student, content, model.folder)
+        if rounding:
+            student = Program(graph, student.parameters, device=self._config.device, rounding=rounding)
         settings = settings or self.settings()
         factors = [student.parameters[name] for name in orthogonal]
         run = train(
@@ -172,7 +178,7 @@ class Refiner:
             regularizer=(lambda parameters: weight * orthogonality(factors)) if factors and weight else None,
             watch=(lambda: float(orthogonality(factors).detach())) if factors else None,
             checkpoints=self._checkpoints,
-            salt=f"{self._salt} {hashlib.sha256(content).hexdigest()} {sorted(orthogonal)} {weight}",
+            salt=f"{self._salt} {hashlib.sha256(content).hexdigest()} {sorted(orthogonal)} {weight} {rounding}",
             keep=True,
             progress=self._progress,
         )

@@ -59,8 +59,8 @@ class Settings:
     ----------
     labels
         Learn labels; otherwise the outputs of the original.
-    epochs
-        None for as many as make ``STEPS`` steps.
+    epochs, steps
+        None for as many epochs as make so many steps.
     batch, part
         Samples of a step, and how many of them run at a time (a model may fix that).
     distill
@@ -75,6 +75,7 @@ class Settings:
 
     labels: bool = False
     epochs: int | None = None
+    steps: int = STEPS
     batch: int = 64
     part: int | None = None
     learning_rate: float = 1e-3
@@ -206,7 +207,7 @@ class _Trainer:
             raise LowRankError(f"{len(samples)} samples are too few to train on: the model takes {unit} at a time")
         self._batch = min(max(settings.batch // unit, 1) * unit, len(self._rows))
         self._steps = batches_of(len(self._rows), self._batch)
-        self._epochs = settings.epochs or max(1, math.ceil(STEPS / self._steps))
+        self._epochs = settings.epochs or max(1, math.ceil(settings.steps / self._steps))
         kernels = [p for p in student.parameters.values() if p.ndim > 1]
         vectors = [p for p in student.parameters.values() if p.ndim <= 1]
         self._optimizer = torch.optim.AdamW(

@@ -44,6 +44,8 @@ ELEMENTWISE = frozenset(
         "QuickGelu",
         "BiasGelu",
         "FastGelu",
+        "QuantizeLinear",
+        "DequantizeLinear",
     ]
 )
 """What works on each element of a layer's output by itself, and so goes with the layer that it waits for."""

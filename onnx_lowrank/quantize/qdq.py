@@ -1,0 +1,192 @@
+"""The nodes of quantisation, by onnxruntime.quantization; and what it adds made small."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+from onnx_lowrank.graph.constants import drop_unread
+from onnx_lowrank.graph.model import Model, fresh_name, scopes, tensor_names
+from onnx_lowrank.types import LowRankError
+
+OPS = (
+    *("Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "Relu", "Clip", "LeakyRelu", "Sigmoid", "MaxPool"),
+    *("AveragePool", "GlobalAveragePool", "Resize", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Pad"),
+)
+"""Operators that run in eight bits, or pass on what does."""
+
+QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
+
+OPSET = 13
+"""The first with a scale for each channel."""
+
+
+def check_unquantized(model: Model) -> None:
+    """Refuse a model that is in eight bits already.
+
+    Raises
+    ------
+    LowRankError
+        With the way that works.
+    """
+    found = [node for graph in scopes(model.proto) for node in graph.node if node.op_type in QUANTIZED]
+    if found:
+        raise LowRankError(
+            f"the model is quantised already ({found[0].op_type} '{found[0].name}' and {len(found) - 1} more): "
+            f"give the float model it was made from, and --quantize int8"
+        )
+
+
+def quantizable(model: Model) -> list[str]:
+    """Tensors of the main graph that may be held in eight bits."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type in OPS]
+    names = [name for node in nodes for name in (*node.input, *node.output) if name and name not in stored]
+    return list(dict.fromkeys(names))
+
+
+def insert_qdq(
+    model: Model, ranges: Mapping[str, tuple[float, float]], float_nodes: Collection[str] = (), *, signed: bool = False
+) -> Model:
+    """`model` with weights stored in eight bits, a scale for each output channel, and activations rounded to `ranges`.
+
+    Parameters
+    ----------
+    model
+        With normalisations folded; see :func:`onnx_lowrank.quantize.prepared`.
+    ranges
+        Of every tensor that may be quantised; see :func:`onnx_lowrank.quantize.ranges.find_ranges`.
+    float_nodes
+        Names of nodes that stay in floating point.
+    signed
+        Activations in signed numbers around zero; otherwise unsigned, with a zero point.
+
+    Raises
+    ------
+    LowRankError
+        Where the model's operator set is too old and cannot be raised, or ONNX Runtime refuses.
+    """
+    given = _raised(model)
+    taken = tensor_names(given.proto)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(given.proto)  # the quantiser writes into what it is given
+    data = {
+        name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
+        for name, (low, high) in ranges.items()
+    }
+    activations = QuantType.QInt8 if signed else QuantType.QUInt8
+    level = logging.root.level
+    try:
+        logging.root.setLevel(logging.ERROR)  # it warns of tensors without a known type, which stay as they are
+        quantizer = QDQQuantizer(
+            copy,
+            True,
+            False,
+            QuantType.QInt8,
+            activations,
+            TensorsData(CalibrationMethod.MinMax, data),
+            [],
+            [*float_nodes, *_unranged(given, ranges)],
+            list(OPS),
+            {"ActivationSymmetric": signed},
+        )
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+    except Exception as error:  # of many kinds, and none of its own
+        raise LowRankError(f"ONNX Runtime cannot quantise the model: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        logging.root.setLevel(level)
+    made = quantizer.model.model
+    del made.graph.value_info[:]
+    made.graph.value_info.extend(given.graph.value_info)
+    made.metadata_props.clear()
+    made.metadata_props.extend(given.proto.metadata_props)
+    made.ir_version = given.proto.ir_version
+    result = replace(given, proto=made)
+    _compact(result, taken)
+    return result
+
+
+def _unranged(model: Model, ranges: Mapping[str, object]) -> list[str]:
+    """Nodes with a tensor whose range is not known."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in OPS and not all(n in ranges or n in stored or not n for n in (node.input[0], node.output[0]))
+    ]
+
+
+def _raised(model: Model) -> Model:
+    """`model` in an operator set that knows a scale for each channel."""
+    if model.opset >= OPSET:
+        return model
+    try:
+        return replace(model, proto=onnx.version_converter.convert_version(model.proto, OPSET))
+    except Exception as error:
+        raise LowRankError(
+            f"the model is of operator set {model.opset}, INT8 needs {OPSET}, and it cannot be raised "
+            f"({' '.join(str(error).split())[:200]}): export it anew"
+        ) from error
+
+
+def _compact(model: Model, taken: set[str]) -> None:
+    """Short names for what the quantiser added, one of each constant, and no zero points that are zero.
+
+    Its names repeat those of the tensors, twice, for each of a few bytes.
+    """
+    graph = model.graph
+    added = [tensor for tensor in graph.initializer if tensor.name not in taken]
+    alike: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    names: dict[str, str] = {}
+    used = set(taken)
+    for tensor in added:
+        key = tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes()
+        if key not in alike:
+            alike[key] = fresh_name(f"q{len(alike)}", used)
+        names[tensor.name] = alike[key]
+    zeros = {
+        tensor.name
+        for tensor in added
+        if tensor.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.INT32)
+        and not numpy_helper.to_array(tensor).any()
+    }
+    stored = {tensor.name for tensor in graph.initializer}
+    for number, node in enumerate(graph.node):
+        if node.op_type in QUANTIZED and node.name not in taken:
+            node.name = ""
+            weight = node.op_type == "DequantizeLinear" and node.input[0] in stored
+            if weight and len(node.input) > 2 and node.input[2] in zeros:
+                del node.input[2:]
+        for output in node.output:
+            if output and output not in taken:
+                names[output] = fresh_name(f"t{number}", used)
+    for node in graph.node:
+        for values in (node.input, node.output):
+            for place, name in enumerate(values):
+                if name in names:
+                    values[place] = names[name]
+    kept: set[str] = set()
+    tensors = list(graph.initializer)
+    del graph.initializer[:]
+    for tensor in tensors:
+        name = names.get(tensor.name, tensor.name)
+        if name not in kept:
+            kept.add(name)
+            tensor.name = name
+            graph.initializer.append(tensor)
+    drop_unread(model, kept)
+
+
+def parameters_of(model: Model) -> Counter[str]:
+    """How many tensors of each element type a model stores; for reports and tests."""
+    return Counter(onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer)
