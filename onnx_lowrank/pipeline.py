@@ -31,7 +31,7 @@ class Result:
     Parameters
     ----------
     model
-        Of the kind that was given: a ModelProto (also for a path) or a graphsurgeon Graph.
+        Of the kind that was given: a ModelProto (also for a path), a graphsurgeon Graph or an onnx-ir Model.
     plan, report
         What was decided, and what came of it.
     """
@@ -97,7 +97,7 @@ def analyze(model: Any, *, config: Config | None = None, progress: Progress = no
     Parameters
     ----------
     model
-        A path, a ModelProto or a graphsurgeon Graph.
+        A path, a ModelProto, a graphsurgeon Graph or an onnx-ir Model.
     config, options
         See :class:`~onnx_lowrank.config.Config`: a budget on ``macs`` or ``params``, or ``rank``.
 
@@ -145,7 +145,7 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
     Parameters
     ----------
     model
-        A path, a ModelProto or a graphsurgeon Graph; never changed.
+        A path, a ModelProto, a graphsurgeon Graph or an onnx-ir Model; never changed.
     config, options
         See :class:`~onnx_lowrank.config.Config`. At least one of ``budget``, ``max_drop`` and ``rank``.
 
