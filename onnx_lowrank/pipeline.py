@@ -106,7 +106,7 @@ def analyze(model: Any, *, config: Config | None = None, progress: Progress = no
     LowRankError
         For a model or an option that cannot be used, or a budget out of reach.
     """
-    config = _configured(config, options)
+    config = configured(config, options)
     recipe = find_recipe(config.recipe)
     config = recipe.configure(config)
     planner = Planner(open_subject(model, config), config, progress, recipe.policy(config))
@@ -131,7 +131,7 @@ def apply(
     **options: Any,
 ) -> Result:
     """Carry out a plan, made by `analyze` or read from a file, and verify the result as `compress` does."""
-    config = _configured(config, options)
+    config = configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
     data = plan_to_dict(plan) if isinstance(plan, Plan) else read_plan(plan)
     choices = read_choices(data, planner.subject.groups)
@@ -159,7 +159,7 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
     LowRankError
         For a model, data or options that cannot be used.
     """
-    config = _configured(config, options)
+    config = configured(config, options)
     recipe = find_recipe(config.recipe)
     config = recipe.configure(config)
     if not config.budget and config.max_drop is None and not config.rank:
@@ -192,7 +192,7 @@ def verify(
     LowRankError
         Where a model cannot be loaded, or the other has different inputs or outputs.
     """
-    config = _configured(config, options)
+    config = configured(config, options)
     subject, second = open_subject(original, config), open_subject(other, config)
     if [i.name for i in subject.inputs] != [i.name for i in second.inputs]:
         raise LowRankError("the two models have different inputs: two versions of one model were expected")
@@ -207,7 +207,7 @@ def inspect(
     model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any
 ) -> Inspection:
     """What is in a model, what each layer could become, and why others are left alone."""
-    config = _configured(config, options)
+    config = configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
     views = []
     for group, candidates in zip(planner.subject.groups, planner.candidates(), strict=False):
@@ -230,7 +230,8 @@ def providers() -> tuple[tuple[str, str], ...]:
     return tuple((name, runtime.probe(name, model, feeds)) for name in have) + missing
 
 
-def _configured(config: Config | None, options: Mapping[str, Any]) -> Config:
+def configured(config: Config | None, options: Mapping[str, Any]) -> Config:
+    """The options of a call: a Config, or keywords that make one."""
     if config is not None and options:
         raise LowRankError(f"config and {', '.join(options)} were given: put every option into config, or give none")
     return config or make_config(**options)
