@@ -80,7 +80,9 @@ class LowRankPass(ir.passes.InPlacePass):
         result = compress(given, config=self.config)
         self.report = result.report
         if result.report.unmet:
-            raise LowRankError(f"{'; '.join(result.report.unmet)}: the model is left as it was; ask for less")
+            raise LowRankError(
+                f"{'; '.join(result.report.unmet)}: the model is left as it was; ask for what can be reached"
+            )
         if result.model == given:
             return ir.passes.PassResult(model, False)
         graph = from_proto(result.model).graph

@@ -55,7 +55,7 @@ def test_a_loader_that_nobody_tells_anything_says_so() -> None:
         list(loader([{"x": tiny.inputs(1)}])())
     told = loader([{"x": tiny.inputs(1)}])()
     told.input_metadata = {"x": (Kind("fp8"), (1, 16))}
-    with pytest.raises(lr.LowRankError, match="input 'x' is of .*, which numpy does not have: give the model"):
+    with pytest.raises(lr.LowRankError, match=r"input 'x' is of .*, which numpy does not have: give the model"):
         list(told)
 
 
