@@ -22,6 +22,7 @@ from olive.passes import Pass
 from olive.passes.onnx.common import get_external_data_config, model_proto_to_olive_model
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from olive.search.search_parameter import Categorical
+from pydantic import model_validator
 
 from onnx_lowrank import runtime
 from onnx_lowrank.config import Config, make_config
@@ -138,6 +139,11 @@ class OnnxLowRank(Pass):
             **get_external_data_config(),
         }
 
+    @classmethod
+    def _validators(cls) -> dict[str, Callable[..., Any]]:
+        """Olive drops options that no pass has: a bound on the loss, spelt wrongly, would bound nothing."""
+        return {"refuse_unknown": model_validator(mode="before")(classmethod(_refuse_unknown))}
+
     def _run_for_config(
         self, model: ONNXModelHandler, config: BasePassConfig, output_model_path: str
     ) -> ONNXModelHandler:
@@ -156,6 +162,15 @@ class OnnxLowRank(Pass):
         )
         made.model_attributes = {**(model.model_attributes or {}), "onnx_lowrank": _summary(result)}
         return made
+
+
+def _refuse_unknown(config: type[BasePassConfig], values: Any) -> Any:
+    unknown = [name for name in values if name not in config.model_fields] if isinstance(values, Mapping) else []
+    if unknown:
+        raise LowRankError(
+            f"{NAME}: option {', '.join(unknown)} was given: one of {', '.join(sorted(config.model_fields))} was expected"
+        )
+    return values
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:

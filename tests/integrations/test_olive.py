@@ -201,9 +201,22 @@ def test_weights_in_a_file_are_read_from_it_and_written_to_one(tmp_path: Path) -
     np.testing.assert_array_equal(run(str(path), X)[0], run(expected, X)[0])
 
 
+def test_a_rank_estimator_or_a_bound_on_the_loss_takes_the_place_of_the_budget(tmp_path: Path) -> None:
+    kept = summary_of(execute(tmp_path, {"budget": None, "rank": "ratio=0.3"}).get_best_candidate())
+    assert kept["layers"] > 3
+    assert kept["budgets"] == []
+    bounded = {"budget": None, "max_drop": 0.05, "objective": "macs", "evaluate": str(models.DIGITS_TEST)}
+    (drop,) = summary_of(execute(tmp_path, bounded).get_best_candidate())["budgets"]
+    assert (drop["metric"], drop["asked"], drop["met"]) == ("drop", 0.05, True)
+
+
 def test_bad_options_are_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(lr.LowRankError, match=r"budget flops=0\.5 was given: one of macs, params, size, latency"):
         execute(tmp_path, {"budget_metric": "flops"})
+    with pytest.raises(
+        ValueError, match="OnnxLowRank: option budgets was given: one of align, all_tensors_to_one_file"
+    ):
+        execute(tmp_path, {"budgets": 0.5})
     with pytest.raises(lr.LowRankError, match="methods 3 was given: a list of names was expected"):
         execute(tmp_path, {"methods": 3})
     with pytest.raises(lr.LowRankError, match="the model has no layer to decompose"):
