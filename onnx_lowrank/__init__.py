@@ -2,12 +2,14 @@
 
 from onnx_lowrank import budgets, decompositions, ranks
 from onnx_lowrank.config import Config, make_config
+from onnx_lowrank.integrations.calibration import CalibrationReader
 from onnx_lowrank.pipeline import Inspection, Result, Verification, analyze, apply, compress, inspect, verify
 from onnx_lowrank.report.data import Report
 from onnx_lowrank.types import Budget, Candidate, Cost, LowRankError, Plan, Skip
 
 __all__ = [
     "Budget",
+    "CalibrationReader",
     "Candidate",
     "Config",
     "Cost",

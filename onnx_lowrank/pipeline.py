@@ -32,7 +32,7 @@ class Result:
     Parameters
     ----------
     model
-        Of the kind that was given: a ModelProto (also for a path) or a graphsurgeon Graph.
+        Of the kind that was given: a ModelProto (also for a path), a graphsurgeon Graph or an onnx-ir Model.
     plan, report
         What was decided, and what came of it.
     """
@@ -98,7 +98,7 @@ def analyze(model: Any, *, config: Config | None = None, progress: Progress = no
     Parameters
     ----------
     model
-        A path, a ModelProto or a graphsurgeon Graph.
+        A path, a ModelProto, a graphsurgeon Graph or an onnx-ir Model.
     config, options
         See :class:`~onnx_lowrank.config.Config`: a budget on ``macs`` or ``params``, or ``rank``.
 
@@ -107,7 +107,7 @@ def analyze(model: Any, *, config: Config | None = None, progress: Progress = no
     LowRankError
         For a model or an option that cannot be used, or a budget out of reach.
     """
-    config = _configured(config, options)
+    config = configured(config, options)
     recipe = find_recipe(config.recipe)
     config = recipe.configure(config)
     planner = Planner(open_subject(model, config), config, progress, recipe.policy(config))
@@ -132,7 +132,7 @@ def apply(
     **options: Any,
 ) -> Result:
     """Carry out a plan, made by `analyze` or read from a file, and verify the result as `compress` does."""
-    config = _configured(config, options)
+    config = configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
     data = plan_to_dict(plan) if isinstance(plan, Plan) else read_plan(plan)
     choices = read_choices(data, planner.subject.groups)
@@ -146,7 +146,7 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
     Parameters
     ----------
     model
-        A path, a ModelProto or a graphsurgeon Graph; never changed.
+        A path, a ModelProto, a graphsurgeon Graph or an onnx-ir Model; never changed.
     config, options
         See :class:`~onnx_lowrank.config.Config`. At least one of ``budget``, ``max_drop`` and ``rank``.
 
@@ -160,7 +160,7 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
     LowRankError
         For a model, data or options that cannot be used.
     """
-    config = _configured(config, options)
+    config = configured(config, options)
     recipe = find_recipe(config.recipe)
     config = recipe.configure(config)
     if not config.budget and config.max_drop is None and not config.rank and config.quantize == "none":
@@ -196,7 +196,7 @@ def verify(
     LowRankError
         Where a model cannot be loaded, or the other has different inputs or outputs.
     """
-    config = _configured(config, options)
+    config = configured(config, options)
     subject, second = open_subject(original, config), open_subject(other, config)
     if [i.name for i in subject.inputs] != [i.name for i in second.inputs]:
         raise LowRankError("the two models have different inputs: two versions of one model were expected")
@@ -211,7 +211,7 @@ def inspect(
     model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any
 ) -> Inspection:
     """What is in a model, what each layer could become, and why others are left alone."""
-    config = _configured(config, options)
+    config = configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
     views = []
     for group, candidates in zip(planner.subject.groups, planner.candidates(), strict=False):
@@ -234,7 +234,8 @@ def providers() -> tuple[tuple[str, str], ...]:
     return tuple((name, runtime.probe(name, model, feeds)) for name in have) + missing
 
 
-def _configured(config: Config | None, options: Mapping[str, Any]) -> Config:
+def configured(config: Config | None, options: Mapping[str, Any]) -> Config:
+    """The options of a call: a Config, or keywords that make one."""
     if config is not None and options:
         raise LowRankError(f"config and {', '.join(options)} were given: put every option into config, or give none")
     return config or make_config(**options)

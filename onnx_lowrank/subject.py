@@ -66,25 +66,37 @@ class Subject:
         return random_feeds(((spec.name, sized[spec.name], spec.dtype) for spec in self.inputs), seed)
 
 
+def open_model(source: Any) -> Model:
+    """A model of any kind that is accepted, loaded.
+
+    Raises
+    ------
+    LowRankError
+        Where it is of no such kind, or cannot be loaded; see :func:`onnx_lowrank.graph.model.load`.
+    """
+    try:
+        return source if isinstance(source, Model) else load(to_proto(source))
+    except TypeError as error:
+        raise LowRankError(
+            f"a model of type {type(source).__name__} was given: a path, a ModelProto, a graphsurgeon Graph or an onnx-ir "
+            f"Model was expected"
+        ) from error
+
+
 def open_subject(source: Any, config: Config) -> Subject:
     """Load a model and find what is in it.
 
     Parameters
     ----------
     source
-        A path, a ModelProto or a graphsurgeon Graph; or a model that is loaded already.
+        A path, a ModelProto, a graphsurgeon Graph or an onnx-ir Model; or a model that is loaded already.
 
     Raises
     ------
     LowRankError
         Where it cannot be used; see :func:`onnx_lowrank.graph.model.load` and the data it is given.
     """
-    try:
-        model = source if isinstance(source, Model) else load(to_proto(source))
-    except TypeError as error:
-        raise LowRankError(
-            f"a model of type {type(source).__name__} was given: a path, a ModelProto or a graphsurgeon Graph was expected"
-        ) from error
+    model = open_model(source)
     inputs = model_inputs(model)
     given = dict(config.input_shape) or _shapes_of_data(inputs, config)
     sizes, notes = sample_shapes(inputs, given)

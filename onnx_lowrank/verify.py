@@ -114,13 +114,13 @@ def _rows(outputs: Outputs) -> np.ndarray:
 
 
 def _pair(outputs: Outputs, reference: Outputs) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of both models, with zeros where one of them is not finite: :func:`_broken` sees to those."""
+    """Rows of both models, with zeros where one of them is not finite: :func:`is_broken` sees to those."""
     a, b = _rows(outputs), _rows(reference)
     comparable = np.isfinite(a) & np.isfinite(b)
     return np.where(comparable, a, 0.0), np.where(comparable, b, 0.0)
 
 
-def _broken(outputs: Outputs, reference: Outputs) -> np.ndarray:
+def is_broken(outputs: Outputs, reference: Outputs) -> np.ndarray:
     """Which samples are NaN or infinite somewhere where the original is finite."""
     return (~np.isfinite(_rows(outputs)) & np.isfinite(_rows(reference))).any(axis=1)
 
@@ -219,7 +219,7 @@ def check_accuracy(
     for feeds, labels in batches:
         reference, outputs = original.run(feeds), compressed.run(feeds)
         _check_shapes(reference, outputs)
-        spoiled = _broken(outputs, reference)
+        spoiled = is_broken(outputs, reference)
         broken += int(spoiled.sum())
         metric = metric or ("top1" if labels is not None else "cosine")
         samples += _samples(reference)

@@ -615,9 +615,15 @@ class Reader:
         return next(self.feeds, None)
 
 
+class RewindingReader(Reader):
+    def rewind(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
 def test_python_sources_can_be_gone_through_again() -> None:
     feeds = [{"x": ramp(1, 2)}, {"x": ramp(1, 2) + 1}]
     sources: list[Any] = [feeds, tuple(feeds), lambda: feeds, lambda: iter(feeds), lambda: (f for f in feeds), Reader]
+    sources.append(RewindingReader())
     for source in sources:
         data = open_data(source, X)
         for _ in range(2):
@@ -637,6 +643,20 @@ def test_what_can_be_read_only_once_is_refused_and_the_cure_named() -> None:
     list(data.batches(1))
     with pytest.raises(LowRankError, match=r"no samples: .*a function must give a new iterator at each call"):
         list(data.batches(1))
+
+
+def test_a_reader_that_is_rewound_begins_at_its_first_feed_and_is_not_read_twice_at_once() -> None:
+    reader = RewindingReader()
+    reader.get_next()
+    data = open_data(reader, X)
+    np.testing.assert_array_equal(gather(data.batches(1)), [[0, 1], [1, 2]])
+    one = data.batches(1)
+    next(one)
+    assert len(list(data.batches(1))) == 2
+    with pytest.raises(LowRankError, match="was rewound while it was being read: give a function that returns a new"):
+        next(one)
+    with pytest.raises(LowRankError, match=r"only once, .*give a function that returns a new one, or .* a rewind\(\)"):
+        open_data(Reader(), X)
 
 
 def test_wrong_things_from_python_are_refused() -> None:

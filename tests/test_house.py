@@ -30,6 +30,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "onnx": ("graph/", "integrations/"),
     "onnx_graphsurgeon": ("graph/", "integrations/"),
+    "onnx_ir": ("integrations/",),
+    "olive": ("integrations/",),
+    "polygraphy": ("integrations/",),
     "google": ("graph/",),
     "onnxruntime": ("runtime.py",),
     "torch": ("finetune/",),

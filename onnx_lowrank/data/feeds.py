@@ -39,20 +39,42 @@ def read_feeds(
 
 
 def open_python(source: Any, inputs: Sequence[InputSpec]) -> Dataset:
-    """A re-iterable, or a function without arguments that returns an iterable or a calibration reader."""
+    """A re-iterable, a calibration reader that can be rewound, or a function without arguments that returns either."""
     name = f"data ({getattr(source, '__name__', type(source).__name__)})"
     is_instance = not isinstance(source, type)
     if isinstance(source, (Mapping, np.ndarray)):
         raise LowRankError(f"{name}: this is one feed, expected a sequence of {WANTED}: put it into a list")
-    if is_instance and (callable(getattr(source, "get_next", None)) or isinstance(source, Iterator)):
+    is_reader = is_instance and callable(getattr(source, "get_next", None))
+    if is_reader and callable(getattr(source, "rewind", None)):
+        return open_feeds(name, _Rewound(source, name), inputs)
+    if is_reader or (is_instance and isinstance(source, Iterator)):
+        hint = ", or give the reader a rewind()" if is_reader else ""
         raise LowRankError(
-            f"{name}: can be read only once, and data are read several times: give a function that returns a new one"
+            f"{name}: can be read only once, and data are read several times: give a function that returns a new one{hint}"
         )
     if is_instance and isinstance(source, Iterable):
         return open_feeds(name, partial(iter, source), inputs)
     if callable(source):
         return open_feeds(name, source, inputs)
     raise LowRankError(f"{name}: expected a path, a sequence of {WANTED}, or a function that returns one")
+
+
+class _Rewound:
+    """A calibration reader from its beginning at each call; it has one place, so that two readings cannot alternate."""
+
+    def __init__(self, reader: Any, name: str) -> None:
+        self._reader, self._name, self._readings = reader, name, 0
+
+    def __call__(self) -> Iterator[Any]:
+        self._readings += 1
+        reading = self._readings
+        self._reader.rewind()
+        for item in _items(self._reader, self._name):
+            yield item
+            if reading != self._readings:
+                raise LowRankError(
+                    f"{self._name}: was rewound while it was being read: give a function that returns a new reader"
+                )
 
 
 def is_script(reference: str) -> bool:

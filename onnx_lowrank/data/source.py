@@ -46,8 +46,9 @@ def open_data(
           has no labels;
         * an ONNX ``test_data_set_*`` folder, or a folder of several;
         * ``FILE.py:function``: executed; without arguments, yields ``dict[str, ndarray]`` or ``(dict, labels)``;
-        * in Python, such an iterable (not a one-shot one), or a function that returns one or an onnxruntime
-          ``CalibrationDataReader``. A feed whose arrays have no first axis in common is passed on whole.
+        * in Python, such an iterable (not a one-shot one); an onnxruntime ``CalibrationDataReader`` with a ``rewind()``;
+          or a function that returns an iterable or a reader. A feed whose arrays have no first axis in common is passed
+          on whole.
     inputs
         The model's inputs.
     preprocess

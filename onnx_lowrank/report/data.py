@@ -76,7 +76,15 @@ class Report:
     @property
     def met(self) -> bool:
         """Whether everything asked for was reached, with outputs that are numbers."""
-        return not (self.accuracy and self.accuracy.broken) and all(budget.met for budget in self.budgets)
+        return not self.unmet
+
+    @property
+    def unmet(self) -> tuple[str, ...]:
+        """What was not reached, in words."""
+        missed = [f"{b.metric} {b.reached:.4g} was reached, {b.asked:g} asked for" for b in self.budgets if not b.met]
+        if self.accuracy and self.accuracy.broken:
+            missed.append(f"{self.accuracy.broken} sample(s) give NaN or infinity")
+        return tuple(missed)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: plain values, and null where a figure is not a number."""

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,13 @@ def test_a_report_as_json_is_valid_and_whole() -> None:
 @pytest.mark.parametrize(("each", "met"), [((), True), ((True, True), True), ((True, False), False)])
 def test_a_report_is_met_where_every_budget_is(each: tuple[bool, ...], met: bool) -> None:
     assert report(*(BudgetResult("macs", 0.5, 0.5, one) for one in each)).met is met
+
+
+def test_what_was_not_met_is_said_in_words() -> None:
+    budgets = BudgetResult("macs", 0.5, 0.49, True), BudgetResult("latency", 0.5, 0.61234, False)
+    assert report(*budgets).unmet == ("latency 0.6123 was reached, 0.5 asked for",)
+    accuracy = Accuracy("cosine", 1.0, 0.9, 0.1, float("inf"), 4, {}, broken=2)
+    assert replace(report(), accuracy=accuracy).unmet == ("2 sample(s) give NaN or infinity",)
 
 
 def test_the_environment_names_what_computes() -> None:
