@@ -28,13 +28,13 @@ ROOT = PACKAGE.parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 MAY_IMPORT = {
-    "onnx": ("graph/", "integrations/"),
+    "onnx": ("graph/", "integrations/", "quantize/qdq.py"),
     "onnx_graphsurgeon": ("graph/", "integrations/"),
     "onnx_ir": ("integrations/",),
     "olive": ("integrations/",),
     "polygraphy": ("integrations/",),
     "google": ("graph/",),
-    "onnxruntime": ("runtime.py",),
+    "onnxruntime": ("runtime.py", "quantize/qdq.py"),
     "torch": ("finetune/",),
     "argparse": ("cli.py",),
 }

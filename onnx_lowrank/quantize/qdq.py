@@ -14,7 +14,7 @@ from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from onnx_lowrank.graph.constants import drop_unread
+from onnx_lowrank.graph.constants import drop_unread, read_tensor
 from onnx_lowrank.graph.model import Model, fresh_name, scopes, tensor_names
 from onnx_lowrank.types import LowRankError
 
@@ -79,6 +79,9 @@ def insert_qdq(
     taken = tensor_names(given.proto)
     copy = onnx.ModelProto()
     copy.CopyFrom(given.proto)  # the quantiser writes into what it is given
+    for tensor in copy.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.CopyFrom(numpy_helper.from_array(read_tensor(tensor, model.folder), tensor.name))
     data = {
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
         for name, (low, high) in ranges.items()
@@ -111,6 +114,10 @@ def insert_qdq(
     made.metadata_props.clear()
     made.metadata_props.extend(given.proto.metadata_props)
     made.ir_version = given.proto.ir_version
+    stored = {tensor.name: tensor for tensor in given.graph.initializer}
+    for tensor in made.graph.initializer:
+        if tensor.name in stored:
+            tensor.CopyFrom(stored[tensor.name])  # as it was stored
     result = replace(given, proto=made)
     _compact(result, taken)
     return result

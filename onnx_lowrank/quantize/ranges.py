@@ -68,10 +68,8 @@ def outputs_of(model: Model, feeds: Sequence[Batch], names: Collection[str]) -> 
     session = Session(serialize(with_outputs(model, made)), RunSettings(optimize=False), folder=model.folder)
     for batch in feeds:
         for part in _parts(batch):
-            yield {
-                **{name: part[name] for name in names if name in part},
-                **dict(zip(made, session.run(part, made), strict=True)),
-            }
+            values = session.run(part, made) if made else []
+            yield {**{n: part[n] for n in names if n in part}, **dict(zip(made, values, strict=True))}
 
 
 def _parts(batch: Batch) -> Iterator[Batch]:

@@ -41,6 +41,8 @@ def rounding_of(model: Model, quantized: Model) -> Rounding:
     """What `quantized` rounds of `model`, which it was made from."""
     plain, small = plain_graph(model), plain_graph(quantized)
     kernels = {node.key: node.inputs for node in plain.nodes}
+    made = {node.key: node.outputs[0] for node in plain.nodes}
+    known = {*plain.inputs, *made.values()}
     producers = {name: node for node in small.nodes for name in node.outputs}
     activations: dict[str, Steps] = {}
     weights: dict[str, int | None] = {}
@@ -49,7 +51,10 @@ def rounding_of(model: Model, quantized: Model) -> Rounding:
             scale = float(small.values[node.inputs[1]])
             zero = small.values[node.inputs[2]] if len(node.inputs) > 2 else np.zeros((), np.uint8)
             bounds = np.iinfo(zero.dtype)
-            activations[node.inputs[0]] = Steps(scale, int(zero), int(bounds.min), int(bounds.max))
+            name = node.inputs[0]
+            if name not in known:  # an output of the graph, whose name the rounded one has now
+                name = made[producers[name].key]
+            activations[name] = Steps(scale, int(zero), int(bounds.min), int(bounds.max))
             continue
         old = kernels.get(node.key)
         for place, name in enumerate(node.inputs[:2]):
