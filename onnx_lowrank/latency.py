@@ -124,7 +124,7 @@ class LatencyTable:
             Where ONNX Runtime refuses the model.
         """
         self._subject, self._feeds, self._progress = subject, feeds, progress
-        self._settings = RunSettings(config.provider, config.threads)
+        self._settings = subject.settings(config)
         self._rng = np.random.default_rng(config.seed)
         self._given = subject.model.path
         self._timings = Timings(self._environment(config), cache_folder())
@@ -226,6 +226,7 @@ class LatencyTable:
         """All that a time depends on besides the layer."""
         return {
             "provider": self._settings.provider_name,
+            **{f"option {key}": value for key, value in self._settings.options},
             "onnxruntime": version(),
             "processor": processor(),
             "threads": str(config.threads),

@@ -15,7 +15,16 @@ from onnx_lowrank.budgets import BUDGET_SOLVERS, find_solver
 from onnx_lowrank.budgets.enc import TOP, combined
 from onnx_lowrank.budgets.knapsack import OutOfReach, cheapest
 from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length
-from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded, pareto
+from onnx_lowrank.candidates import (
+    Group,
+    Refuses,
+    estimated_candidate,
+    group_candidates,
+    group_of,
+    loaded,
+    pareto,
+    refused,
+)
 from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, is_joint
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
@@ -24,10 +33,11 @@ from onnx_lowrank.graph.sections import alike
 from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.parallel import run_all
 from onnx_lowrank.ranks import parse_estimator
-from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
-from onnx_lowrank.runtime import block_size
+from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite, sketch
+from onnx_lowrank.runtime import Partitions, block_size
 from onnx_lowrank.sensitivity import agreeing, interpolated, measured
 from onnx_lowrank.subject import Subject, open_config_data
+from onnx_lowrank.targets import Target, count_partitions, find_target
 from onnx_lowrank.types import (
     Budget,
     Candidate,
@@ -105,7 +115,13 @@ class Planner:
             raise LowRankError(
                 f"damage {config.damage} is measured of single layers: leave out {', '.join(joint)}, or take --damage output"
             )
-        self._solver = find_solver(config.solver)
+        self._solver, self.target = find_solver(config.solver), find_target(config.target)
+        self.timed_on_target = _times_are_of(self.target, config)
+        if config.needs_latency and not self.timed_on_target:
+            raise LowRankError(
+                f"latency on target {self.target.name} cannot be told by {config.provider}: give a budget on macs or params "
+                f"(--objective macs with --max-drop), or --provider {self.target.provider} where there is one"
+            )
         self.subject, self.config, self.progress = subject, config, progress
         self.policy = policy or Policy()
         self.seconds: dict[str, float] = {}
@@ -134,12 +150,13 @@ class Planner:
     def candidates(self) -> list[tuple[Candidate, ...]]:
         """Candidates of each group of the subject, the dense one first."""
         if self._candidates is None:
-            block, damage = self.config.align or block_size(), self.config.damage
+            damage = self.config.damage
             seen = self.statistics if damage in ("output", "weights") else {}
             made = self._for_each_group(
                 partial(
                     _candidates_of,
-                    block=block,
+                    block=self.block,
+                    refuses=self.target.refuses,
                     most=EVERY_RANK if self.policy.every_rank else None,
                     levels=damage in ("energy", "accuracy", "combined"),
                 ),
@@ -160,6 +177,11 @@ class Planner:
                 self._by_accuracy = self._on_samples(alone, agreeing)
             self._refused = tuple(skip for _, skip in made[:single] if skip)
         return self._candidates
+
+    @property
+    def block(self) -> int:
+        """Multiple that ranks are kept to."""
+        return self.config.align or self.target.block or block_size()
 
     @cached_property
     def joint(self) -> tuple[Group, ...]:
@@ -406,15 +428,72 @@ class Planner:
     def estimated(self) -> Plan:
         """The plan that a rank estimator makes, in the place of an allocation."""
         estimator = parse_estimator(self.config.rank or "vbmf")
-        block = self.config.align or block_size()
         alone = tuple(name for name in self.config.methods if not is_joint(name))
         made = self._for_each_group(
-            partial(estimated_candidate, methods=alone, estimator=estimator, block=block),
+            partial(
+                estimated_candidate,
+                methods=alone,
+                estimator=estimator,
+                block=self.block,
+                refuses=self.target.refuses,
+            ),
             [partial(loaded, group) for group in self.subject.groups],
         )
         self._refused = tuple(item for item in made if isinstance(item, Skip))
         groups = self.subject.groups
         return self.plan([g.dense if isinstance(m, Skip) else m for g, m in zip(groups, made, strict=True)])
+
+    def on_target(self, plan: Plan) -> Plan:
+        """`plan` less the chains that the target does not take, and those that cut the model into more parts on it."""
+        groups = {name: group for group in self.subject.groups for name in group.names}
+        reasons = {
+            choice: reason
+            for choice in plan.choices
+            if not choice.dense and (reason := refused(group_of(choice.layers, groups), choice, self.target.refuses))
+        }
+        plan = self._without(plan, reasons)
+        changed = [choice for choice in plan.choices if not choice.dense]
+        if not changed or self._takes(plan):
+            return plan
+        split = f"decomposed it would cut the model into more parts on {self.target.name}"
+        dropped = dict.fromkeys(changed, split)
+        for choice in changed:
+            fewer = {other: why for other, why in dropped.items() if other is not choice}
+            if self._takes(self._without(plan, fewer)):
+                dropped = fewer
+        return self._without(plan, dropped)
+
+    def _takes(self, plan: Plan) -> bool:
+        """Whether the target takes the model of `plan` in as few parts as the original, and no smaller a share of it."""
+        if self.parts is None:
+            return True
+        parts = self.parts_of(sketch(self.subject.model, self.subject.found, plan))
+        return parts is not None and parts.no_worse_than(self.parts)
+
+    def _without(self, plan: Plan, dropped: Mapping[Candidate, str]) -> Plan:
+        """`plan` with some of its choices left dense, each for its reason."""
+        if not dropped:
+            return plan
+        dense = {name: choice for choice in self._dense() for name in choice.layers}
+        choices: dict[Candidate, None] = {}
+        for choice in plan.choices:
+            choices |= dict.fromkeys([dense[name] for name in choice.layers] if choice in dropped else [choice])
+        kinds = {layer.name: layer.op_type for layer in self.subject.found.layers}
+        skips = tuple(Skip(name, kinds[name], why) for choice, why in dropped.items() for name in choice.layers)
+        names = ", ".join(skip.layer for skip in skips[:3]) + (" ..." if len(skips) > 3 else "")
+        note = f"{len(skips)} layer(s) are left dense for target {self.target.name}, see their reasons: {names}"
+        return replace(plan, choices=tuple(choices), skips=plan.skips + skips).with_notes(note)
+
+    @cached_property
+    def parts(self) -> Partitions | None:
+        """Parts that the target takes the original in; None where that cannot be told without it."""
+        with self.stage("partitions"):
+            return self.parts_of(self.subject.model)
+
+    def parts_of(self, model: Model) -> Partitions | None:
+        """As :attr:`parts`, of another model with the same inputs."""
+        ops = self.target.ops
+        return None if ops is None else count_partitions(model, self.subject.sample_shapes, ops)
 
     def take(self, choice: Candidate, made: Factorization) -> None:
         """Let `choice` be carried out with kernels made elsewhere, where nothing is fitted to samples."""
@@ -467,6 +546,12 @@ class Planner:
             few.append(batch)
         self.fitted_on = count(few), count(feeds)
         return few
+
+
+def _times_are_of(target: Target, config: Config) -> bool:
+    """Whether what the models are timed on is the target."""
+    short = target.provider.removesuffix("ExecutionProvider")
+    return target is find_target("cpu") or config.provider.lower() in (target.provider.lower(), short.lower())
 
 
 def _alive(layer: Layer) -> int:
@@ -535,7 +620,7 @@ def _task(group: Group, methods: tuple[str, ...], seen: Sequence[LayerStatistics
 
 
 def _candidates_of(
-    task: _Task, block: int, most: int | None, levels: bool
+    task: _Task, block: int, refuses: Refuses, most: int | None, levels: bool
 ) -> tuple[tuple[Candidate, ...], Skip | None]:
     group, methods, seen = task
-    return group_candidates(group, methods, block, seen, most=most, levels=levels)
+    return group_candidates(group, methods, block, seen, most=most, levels=levels, refuses=refuses)

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "onnx": ("graph/", "integrations/"),
     "onnx_graphsurgeon": ("graph/", "integrations/"),
     "google": ("graph/",),
-    "onnxruntime": ("runtime.py",),
+    "onnxruntime": ("runtime/",),
     "torch": ("finetune/",),
     "argparse": ("cli.py",),
 }

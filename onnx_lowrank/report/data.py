@@ -10,6 +10,7 @@ from typing import Any
 
 from onnx_lowrank import runtime
 from onnx_lowrank.rewrite import LayerReport
+from onnx_lowrank.runtime import Partitions
 from onnx_lowrank.types import Skip
 from onnx_lowrank.verify import Accuracy, Latency
 
@@ -32,6 +33,27 @@ class BudgetResult:
     reached: float
     met: bool
     predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """What a target would make of both models, told without it.
+
+    Parameters
+    ----------
+    name
+        Key of ``TARGETS``.
+    partitions
+        The parts that it takes the original in (``before``), and the result (``after``).
+    """
+
+    name: str
+    partitions: dict[str, Partitions]
+
+    @property
+    def met(self) -> bool:
+        """Whether the result is cut into no more parts, and no smaller share of it is taken."""
+        return self.partitions["after"].no_worse_than(self.partitions["before"])
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,8 @@ class Report:
         What the user should know: assumptions made, what was given up, what to do next.
     unchanged
         True where the result is the model that was given.
+    targets
+        How the target asked for would cut both models, where that can be told without it.
     """
 
     original: Size
@@ -72,11 +96,13 @@ class Report:
     notes: tuple[str, ...]
     unchanged: bool = False
     config: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[TargetResult, ...] = ()
 
     @property
     def met(self) -> bool:
         """Whether everything asked for was reached, with outputs that are numbers."""
-        return not (self.accuracy and self.accuracy.broken) and all(budget.met for budget in self.budgets)
+        sound = not (self.accuracy and self.accuracy.broken)
+        return sound and all(budget.met for budget in self.budgets) and all(target.met for target in self.targets)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: plain values, and null where a figure is not a number."""
