@@ -301,7 +301,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _providers(arguments: argparse.Namespace) -> int:
     lines = [f"{name}: {state}" for name, state in pipeline.providers(config=_config(arguments))]
     checks = [f"--target {target.name}: {target.without}" for target in TARGETS.values() if target.without]
-    parts = [f"ONNX Runtime {runtime.version()}", *lines, "What can be checked without the devices:", *checks]
+    others = "Any other comes with a build of ONNX Runtime, or as a library: --provider-library NAME=PATH"
+    parts = [f"ONNX Runtime {runtime.version()}", *lines, others, "What can be checked without the devices:", *checks]
     _print(arguments, [Text(part) for part in parts])
     return MET
 

@@ -15,11 +15,12 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.probe import probe_model
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.integrations import from_proto
+from onnx_lowrank.ort_format import SUFFIX, save_ort
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.plans import plan_to_dict, read_choices, read_plan
 from onnx_lowrank.recipes import find_recipe
 from onnx_lowrank.report.data import Report, Size, TargetResult, environment, plain
-from onnx_lowrank.runtime import RunSettings
+from onnx_lowrank.runtime import Feeds, RunSettings
 from onnx_lowrank.search import budget_results
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Candidate, Cost, LowRankError, Plan, Progress, Skip, no_progress
@@ -42,6 +43,8 @@ class Result:
     plan: Plan
     report: Report
     _written: Model = field(repr=False)
+    _feeds: Feeds = field(repr=False)
+    _compiled: bool = field(repr=False)
 
     @property
     def met(self) -> bool:
@@ -49,8 +52,14 @@ class Result:
         return self.report.met
 
     def save(self, path: str | Path) -> None:
-        """Write the model; see :func:`onnx_lowrank.graph.save.save`."""
-        save(self._written, path)
+        """Write the model, in the format of mobile builds where `path` ends in ``.ort``.
+
+        See :func:`onnx_lowrank.graph.save.save` and :func:`onnx_lowrank.ort_format.save_ort`.
+        """
+        if Path(path).suffix == SUFFIX:
+            save_ort(self._written, Path(path), self._feeds, compiled=self._compiled)
+        else:
+            save(self._written, path)
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,7 @@ def verify(
     with open_bench(planner) as bench:
         attempt = bench.measure(second.model, Plan(()), ())
         latency = bench.latency(attempt)
-        notes = bench.notes + ((latency.fallback,) if latency.fallback else ())
+        notes = bench.notes + _of_provider(latency)
         targets = bench.parts(attempt)
         notes += _on_target(planner, targets)
         return Verification(bench.original, attempt.size, attempt.accuracy, (latency,), notes, environment(), targets)
@@ -242,7 +251,7 @@ def providers(*, config: Config | None = None, **options: Any) -> tuple[tuple[st
     config = _configured(config, options)
     model, feeds = probe_model()
     libraries, asked = tuple(config.provider_library.items()), tuple(config.provider_option.items())
-    missing = {name: f"not in this build; it needs {runtime.needs(name)}" for name in runtime.known_providers()}
+    missing = {name: f"not in this build{runtime.needs(name)}" for name in runtime.known_providers()}
     apart = dict.fromkeys([*runtime.installed_plugins(), *config.provider_library])
     wanted = runtime.named(config.provider, [*missing, *apart]) or config.provider
     found: dict[str, str] = {}
@@ -279,7 +288,8 @@ def _finish(bench: Bench, given: Any, best: Attempt) -> Result:
         targets,
     )
     model = bench.model_of(best)
-    return Result(from_proto(model.proto, given), best.plan, report, model)
+    feeds, compiled = planner.subject.feeds(), planner.target.compiled
+    return Result(from_proto(model.proto, given), best.plan, report, model, feeds, compiled)
 
 
 def _on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, ...]:
@@ -297,6 +307,11 @@ def _on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, 
     if not planner.timed_on_target:
         notes.append(f"times are those of {provider} on this machine, and say nothing of {target.name}")
     return tuple(notes)
+
+
+def _of_provider(latency: Latency) -> tuple[str, ...]:
+    """What the provider left to others, and whether it is the device that it is called after."""
+    return tuple(note for note in (latency.fallback, runtime.simulated(latency.provider)) if note)
 
 
 def _advice(planner: Planner, best: Attempt, latency: Latency) -> tuple[str, ...]:
@@ -317,8 +332,7 @@ def _advice(planner: Planner, best: Attempt, latency: Latency) -> tuple[str, ...
             f"the result is slower than the original ({latency.speedup:.2f}x): its layers are too small for this machine "
             f"to gain; use --max-drop, or leave layers out with --exclude"
         )
-    if latency.fallback:
-        notes.append(latency.fallback)
+    notes += _of_provider(latency)
     if best.accuracy.broken:
         notes.append(f"{best.accuracy.broken} sample(s) give NaN or infinity: do not use this model")
     stuck = [layer.name for layer in best.layers if not layer.converged]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import stats
 
-from onnx_lowrank.runtime import Feeds, RunSettings, Session, time_pair
+from onnx_lowrank.runtime import Feeds, RunSettings, Session, needs, time_pair
 from onnx_lowrank.types import LowRankError
 
 CONFIDENCE = 0.95
@@ -365,7 +365,10 @@ def check_latency(
         times = timing.first_ms, timing.second_ms
         medians, ninetieths = ([float(np.percentile(ms, share)) for ms in times] for share in (50, 90))
         ratios = [timing.speedup, *timing.speedup_interval]
-    said = dict.fromkeys(session.fallback for session in (original, compressed) if session.fallback)
+    sessions = {"original": original, "compressed": compressed}
+    said = [f"{which}: {session.fallback}" for which, session in sessions.items() if session.fallback]
+    if not (original.runs_there and compressed.runs_there):
+        said.append(f"no time is given for {original.provider}{needs(original.provider)}")
     return Latency(
         provider=original.provider,
         threads=settings.threads,

@@ -6,12 +6,11 @@ from onnx_lowrank.runtime.mobile import OpList, Partitions, check_partitions, co
 from onnx_lowrank.runtime.providers import (
     CPU,
     available_providers,
-    fell_back,
-    find_provider,
     installed_plugins,
     known_providers,
     named,
     needs,
+    simulated,
     version,
 )
 from onnx_lowrank.runtime.session import OPTIMIZED, WEIGHTS, Feeds, RunSettings, Session, probe, tensor_shapes
@@ -32,8 +31,6 @@ __all__ = [
     "block_size",
     "check_partitions",
     "convert_to_ort",
-    "fell_back",
-    "find_provider",
     "give_back_memory",
     "installed_plugins",
     "known_providers",
@@ -44,6 +41,7 @@ __all__ = [
     "processor",
     "profile_nodes",
     "simplify",
+    "simulated",
     "tensor_shapes",
     "time_pair",
     "typical",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
-from onnxruntime.tools import convert_onnx_models_to_ort as conversion
 from onnxruntime.tools.mobile_helpers import usability_checker as checker
 
 from onnx_lowrank.runtime.providers import CPU, one_line
@@ -87,12 +85,12 @@ class _Checker:
         self._stored = {tensor.name for tensor in graph.initializer}
         values = [*graph.input, *graph.output, *graph.value_info]
         self._axes = {v.name: len(v.type.tensor_type.shape.dim) for v in values if v.type.HasField("tensor_type")}
-        self.unsupported: list[str] = []
+        self.unsupported: dict[str, None] = {}  # in order; a node may be asked about twice
 
     def is_op_supported(self, node: Any) -> bool:
         taken = self._listed.is_op_supported(node) and self._notes_hold(node)
         if not taken:
-            self.unsupported.append(node.name or node.output[0])
+            self.unsupported[node.name or node.output[0]] = None
         return taken
 
     def _notes_hold(self, node: Any) -> bool:
@@ -148,7 +146,7 @@ def simplify(model: Path, out: Path) -> None:
 
 
 def convert_to_ort(model: Path, out: Path, *, compiled: bool) -> None:
-    """Write a model in the format that mobile builds of ONNX Runtime read, by its own converter.
+    """Write a model in the format that mobile builds of ONNX Runtime read.
 
     Parameters
     ----------
@@ -159,15 +157,22 @@ def convert_to_ort(model: Path, out: Path, *, compiled: bool) -> None:
     Raises
     ------
     LowRankError
-        Where the converter fails.
+        Where ONNX Runtime refuses to.
+
+    References
+    ----------
+    The options are those of ``onnxruntime.tools.convert_onnx_models_to_ort`` (styles Runtime and Fixed), which itself
+    prints, sets up logging for the whole program and writes a file more.
     """
-    style = conversion.OptimizationStyle.Runtime if compiled else conversion.OptimizationStyle.Fixed
-    with tempfile.TemporaryDirectory(prefix="onnx-lowrank-", dir=model.parent) as folder:
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(said):
-                conversion.convert_onnx_models_to_ort(model, Path(folder), [style])
-            made = next(Path(folder).glob("*.ort"))
-        except Exception as error:
-            raise LowRankError(f"the model cannot be converted to the .ort format: {one_line(error)}") from error
-        made.replace(out)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.optimized_model_filepath = str(out)
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    options.add_session_config_entry("session.qdqisint8allowed", "0")
+    if compiled:
+        options.add_session_config_entry("optimization.minimal_build_optimizations", "save")
+    try:
+        ort.InferenceSession(str(model), options, providers=[CPU], disabled_optimizers=["NchwcTransformer"])
+    except Exception as error:
+        raise LowRankError(f"the model cannot be converted to the .ort format: {one_line(error)}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import platform
 from collections.abc import Iterable, Mapping
 
 import onnxruntime as ort
@@ -33,6 +34,9 @@ NEEDS = {
     "AzureExecutionProvider": "a model that calls a service of Azure: it runs no ordinary nodes",
 }
 """What it takes to have a provider."""
+
+SIMULATED = ("QNNExecutionProvider",)
+"""Providers that run on a simulator of their device where the processor is an x86."""
 
 _libraries: dict[str, str] = {}
 """Libraries registered in this process."""
@@ -62,8 +66,15 @@ def version() -> str:
 
 
 def needs(provider: str) -> str:
-    """What it takes to have a provider, in words."""
-    return NEEDS.get(provider, "a build of ONNX Runtime that has it, or its library by --provider-library NAME=PATH")
+    """What it takes to have a provider, as the end of a sentence; empty where nothing is known of it."""
+    return f"; it needs {NEEDS[provider]}" if provider in NEEDS else ""
+
+
+def simulated(provider: str) -> str:
+    """What is to be said of times of a provider that only imitates its device here; empty where it is the device."""
+    if provider in SIMULATED and platform.machine().lower() in ("x86_64", "amd64"):
+        return f"{provider} is a simulator on this machine: its times say nothing of the device's"
+    return ""
 
 
 def find_provider(wanted: str, libraries: Iterable[tuple[str, str]] = ()) -> str:
@@ -92,7 +103,7 @@ def find_provider(wanted: str, libraries: Iterable[tuple[str, str]] = ()) -> str
         known = named(wanted, known_providers())
         raise LowRankError(
             f"execution provider '{wanted}' is not in this build of ONNX Runtime: one of {', '.join(have)} was expected"
-            + (f"; it needs {needs(known)}" if known else "")
+            + (needs(known) if known else "")
         )
     return found
 
@@ -136,7 +147,7 @@ def use_provider(options: ort.SessionOptions, name: str, given: Mapping[str, str
         )
     devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if not devices:
-        raise LowRankError(f"execution provider {name} finds no device here; it needs {needs(name)}")
+        raise LowRankError(f"execution provider {name} finds no device here{needs(name)}")
     # of several the most special: a phone has an NPU, a GPU and a CPU
     order = ("NPU", "GPU", "CPU")
     devices.sort(key=lambda d: next((i for i, kind in enumerate(order) if str(d.device.type).endswith(kind)), 3))
@@ -171,14 +182,11 @@ def fell_back(provider: str, placement: Mapping[str, int]) -> str:
     if provider == CPU or set(placement) == {provider}:
         return ""
     if not placement:
-        return f"ONNX Runtime {version()} does not say where nodes run (1.24 does): no figure is given for {provider}"
+        return f"ONNX Runtime {version()} does not say where nodes run (1.24 does)"
     count, others = sum(placement.values()), ", ".join(name for name in placement if name != provider)
     if placement.get(provider):
         return f"{provider} runs {placement[provider]} of {count} nodes, the others are on {others}"
-    return (
-        f"{provider} runs none of the {count} nodes, all are on {others}: no figure is given for it; it needs "
-        f"{needs(provider)}"
-    )
+    return f"{provider} runs none of the {count} nodes, all are on {others}"
 
 
 def one_line(error: Exception) -> str:

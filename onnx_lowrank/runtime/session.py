@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from onnx_lowrank.runtime.providers import CPU, fell_back, find_provider, one_line, use_provider
+from onnx_lowrank.runtime.providers import CPU, fell_back, find_provider, needs, one_line, use_provider
 from onnx_lowrank.types import LowRankError
 
 Feeds = Mapping[str, np.ndarray]
@@ -103,7 +103,9 @@ class Session:
         except LowRankError:
             raise
         except Exception as error:  # onnxruntime raises types of its own, one for each status
-            raise LowRankError(f"ONNX Runtime cannot load the model{self._where}: {one_line(error)}") from error
+            raise LowRankError(
+                f"ONNX Runtime cannot load the model{self._where}: {one_line(error)}{needs(self.provider)}"
+            ) from error
         self.outputs = tuple(o.name for o in self._session.get_outputs())
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
