@@ -256,7 +256,8 @@ def providers(*, config: Config | None = None, **options: Any) -> tuple[tuple[st
     wanted = runtime.named(config.provider, [*missing, *apart]) or config.provider
     found: dict[str, str] = {}
     for name in dict.fromkeys([*runtime.available_providers(), *apart, *([wanted] if config.accelerated else [])]):
-        settings = RunSettings(name, libraries=libraries, options=asked if name == wanted else ())
+        options_of = asked if name == wanted else ()
+        settings = RunSettings(name, libraries=libraries if name in apart else (), options=options_of)
         try_it = runtime.probe_apart if name in apart or settings.options else runtime.probe
         found[name] = try_it(settings, model, feeds)
     return tuple({**found, **{name: why for name, why in missing.items() if name not in found}}.items())
