@@ -158,8 +158,7 @@ class Bench:
         With calibration samples, the plan by the weights alone is one of them: no fit makes a model worse than that on
         the samples held out.
         """
-        with self.planner.stage("partitions"):
-            plans = [self.planner.on_target(each) for each in (plan, *others)]
+        plans = [self.planner.on_target(each) for each in (plan, *others)]
         plan = plans[0]
         fitted = self.planner.fits and any(not choice.dense for choice in plan.choices)
         variants = [(each, self.planner.fits) for each in plans] + (
@@ -176,13 +175,12 @@ class Bench:
 
     def parts(self, attempt: Attempt) -> tuple[TargetResult, ...]:
         """How the target would cut the original and an attempt; nothing where that cannot be told without it."""
-        before, model = self.planner.parts, attempt.model or load(attempt.path)
-        if before is None:
+        target, placement = self.planner.target, self.planner.placement
+        if target.ops is None:
             return ()
         with self.planner.stage("partitions"):
-            after = self.planner.parts_of(model)
-        assert after is not None
-        return (TargetResult(self.planner.target.name, {"before": before, "after": after}),)
+            before, after = placement.before, placement.of(attempt.model or load(attempt.path))
+        return (TargetResult(target.name, {"before": before, "after": after}),) if before and after else ()
 
     def tuned(self, attempt: Attempt) -> Attempt:
         """`attempt` trained as the options say, and measured again; its time is that of the same nodes before.

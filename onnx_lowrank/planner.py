@@ -20,10 +20,8 @@ from onnx_lowrank.candidates import (
     Refuses,
     estimated_candidate,
     group_candidates,
-    group_of,
     loaded,
     pareto,
-    refused,
 )
 from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, is_joint
@@ -32,12 +30,13 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.sections import alike
 from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.parallel import run_all
+from onnx_lowrank.placement import Placement
 from onnx_lowrank.ranks import parse_estimator
-from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite, sketch
-from onnx_lowrank.runtime import Partitions, block_size
+from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
+from onnx_lowrank.runtime import block_size
 from onnx_lowrank.sensitivity import agreeing, interpolated, measured
 from onnx_lowrank.subject import Subject, open_config_data
-from onnx_lowrank.targets import Target, count_partitions, find_target
+from onnx_lowrank.targets import Target, find_target
 from onnx_lowrank.types import (
     Budget,
     Candidate,
@@ -116,6 +115,7 @@ class Planner:
                 f"damage {config.damage} is measured of single layers: leave out {', '.join(joint)}, or take --damage output"
             )
         self._solver, self.target = find_solver(config.solver), find_target(config.target)
+        self.placement = Placement(subject, self.target)
         self.timed_on_target = _times_are_of(self.target, config)
         if config.needs_latency and not self.timed_on_target:
             raise LowRankError(
@@ -444,56 +444,11 @@ class Planner:
         return self.plan([g.dense if isinstance(m, Skip) else m for g, m in zip(groups, made, strict=True)])
 
     def on_target(self, plan: Plan) -> Plan:
-        """`plan` less the chains that the target does not take, and those that cut the model into more parts on it."""
-        groups = {name: group for group in self.subject.groups for name in group.names}
-        reasons = {
-            choice: reason
-            for choice in plan.choices
-            if not choice.dense and (reason := refused(group_of(choice.layers, groups), choice, self.target.refuses))
-        }
-        plan = self._without(plan, reasons)
-        changed = [choice for choice in plan.choices if not choice.dense]
-        if not changed or self._takes(plan):
-            return plan
-        split = f"decomposed it would cut the model into more parts on {self.target.name}"
-        dropped = dict.fromkeys(changed, split)
-        for choice in changed:
-            fewer = {other: why for other, why in dropped.items() if other is not choice}
-            if self._takes(self._without(plan, fewer)):
-                dropped = fewer
-        return self._without(plan, dropped)
-
-    def _takes(self, plan: Plan) -> bool:
-        """Whether the target takes the model of `plan` in as few parts as the original, and no smaller a share of it."""
-        if self.parts is None:
-            return True
-        parts = self.parts_of(sketch(self.subject.model, self.subject.found, plan))
-        return parts is not None and parts.no_worse_than(self.parts)
-
-    def _without(self, plan: Plan, dropped: Mapping[Candidate, str]) -> Plan:
-        """`plan` with some of its choices left dense, each for its reason."""
-        if not dropped:
-            return plan
-        dense = {name: choice for choice in self._dense() for name in choice.layers}
-        choices: dict[Candidate, None] = {}
-        for choice in plan.choices:
-            choices |= dict.fromkeys([dense[name] for name in choice.layers] if choice in dropped else [choice])
-        kinds = {layer.name: layer.op_type for layer in self.subject.found.layers}
-        skips = tuple(Skip(name, kinds[name], why) for choice, why in dropped.items() for name in choice.layers)
-        names = ", ".join(skip.layer for skip in skips[:3]) + (" ..." if len(skips) > 3 else "")
-        note = f"{len(skips)} layer(s) are left dense for target {self.target.name}, see their reasons: {names}"
-        return replace(plan, choices=tuple(choices), skips=plan.skips + skips).with_notes(note)
-
-    @cached_property
-    def parts(self) -> Partitions | None:
-        """Parts that the target takes the original in; None where that cannot be told without it."""
+        """`plan` less what the target does not take, or takes in more parts than the original."""
+        if self.target.ops is None:
+            return self.placement.held(plan, self._dense())
         with self.stage("partitions"):
-            return self.parts_of(self.subject.model)
-
-    def parts_of(self, model: Model) -> Partitions | None:
-        """As :attr:`parts`, of another model with the same inputs."""
-        ops = self.target.ops
-        return None if ops is None else count_partitions(model, self.subject.sample_shapes, ops)
+            return self.placement.held(plan, self._dense())
 
     def take(self, choice: Candidate, made: Factorization) -> None:
         """Let `choice` be carried out with kernels made elsewhere, where nothing is fitted to samples."""

@@ -13,10 +13,10 @@ from onnxruntime.tools.mobile_helpers import usability_checker
 
 import models
 import onnx_lowrank as lr
-from onnx_lowrank import planner as planning
 from onnx_lowrank.cli import main
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.model import Model, load
+from onnx_lowrank.placement import Placement
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.runtime import Partitions, block_size, known_providers
 from onnx_lowrank.subject import open_subject
@@ -213,13 +213,13 @@ def test_a_report_holds_the_parts_before_and_after(target: str, tmp_path: Path) 
 
 
 def test_layers_whose_chains_would_cut_the_model_are_left_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(self: Planner, model: Model) -> Partitions:
+    def cut(self: Placement, model: Model) -> Partitions:
         whole = any(tensor.name == "w1" for tensor in model.graph.initializer)
         return Partitions(5, 5, 1 if whole else 2)
 
     free = lr.compress(tiny.classifier(), budget={"macs": 0.6}, target="nnapi", **QUICK).report
     assert {"first", "second"} == {layer.name for layer in free.layers}
-    monkeypatch.setattr(planning.Planner, "parts_of", cut)
+    monkeypatch.setattr(Placement, "of", cut)
     result = lr.compress(tiny.classifier(), budget={"macs": 0.6}, target="nnapi", **QUICK)
     assert [layer.name for layer in result.report.layers] == ["second"]
     assert {s.layer: s.reason for s in result.report.skips} == {
