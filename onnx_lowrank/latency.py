@@ -92,6 +92,7 @@ class _Bench:
             save(model, given)
         self.path = given
         self.reference = Session(given, settings)
+        self.reference.check_times()
 
     def write(self, model: Model) -> Path:
         """Write a model in the place of the one before it."""

@@ -126,8 +126,9 @@ def test_a_latency_asked_for_that_the_cpu_would_give_is_refused_before_the_work(
     nnapi: type[Imitation], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(nnapi, "takes", staticmethod(lambda count: 0))
-    with pytest.raises(LowRankError, match=r"latency asked for cannot be measured: Nnapi.* none of the 3 nodes"):
-        lr.compress(tiny.classifier(), budget={"latency": 0.9}, provider="nnapi", **QUICK)
+    for job in (lr.compress, lr.analyze):
+        with pytest.raises(LowRankError, match=r"latency asked for cannot be measured: Nnapi.* none of the 3 nodes"):
+            job(tiny.classifier(), budget={"latency": 0.9}, provider="nnapi", **QUICK)
 
 
 def test_a_result_that_alone_falls_back_gets_no_figure_and_meets_no_latency(

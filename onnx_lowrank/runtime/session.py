@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from onnx_lowrank.runtime.providers import CPU, fell_back, find_provider, needs, one_line, use_provider
+from onnx_lowrank.runtime.providers import CPU, fell_back, find_provider, needs, one_line, simulated, use_provider
 from onnx_lowrank.types import LowRankError
 
 Feeds = Mapping[str, np.ndarray]
@@ -150,6 +150,18 @@ class Session:
     def runs_there(self) -> bool:
         """Whether the session says that the provider asked for runs something: only then a time is one of it."""
         return self.provider == CPU or self.placement.get(self.provider, 0) > 0
+
+    def check_times(self) -> None:
+        """See that times of this session are those of the provider asked for, on its device.
+
+        Raises
+        ------
+        LowRankError
+            Where the CPU runs everything, or a simulator does.
+        """
+        why = simulated(self.provider) or ("" if self.runs_there else f"{self.fallback}{needs(self.provider)}")
+        if why:
+            raise LowRankError(f"the latency asked for cannot be measured: {why}; give a budget on macs or params")
 
     @property
     def _where(self) -> str:
