@@ -303,7 +303,7 @@ def _on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, 
         for result in results
         if not result.met
     ]
-    if not results:
+    if not results and not planner.timed_on_target:
         notes.append(f"how {target.name} cuts the models is not told without it; checked here: {target.without}")
     if not planner.timed_on_target:
         notes.append(f"times are those of {provider} on this machine, and say nothing of {target.name}")

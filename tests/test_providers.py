@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -12,14 +13,17 @@ from typing import Any
 
 import onnxruntime
 import pytest
+from rich.console import Console
 
 import onnx_lowrank as lr
 from onnx_lowrank import bench, pipeline, runtime
 from onnx_lowrank.cli import main
 from onnx_lowrank.latency import LatencyTable
+from onnx_lowrank.report.data import Size
+from onnx_lowrank.report.text import render_verification
 from onnx_lowrank.runtime import CPU, RunSettings, Session, apart, providers
 from onnx_lowrank.types import LowRankError
-from onnx_lowrank.verify import check_latency
+from onnx_lowrank.verify import Accuracy, Latency, check_latency
 from tests import tiny
 
 NNAPI = "NnapiExecutionProvider"
@@ -281,5 +285,10 @@ def test_times_of_a_simulator_are_not_those_of_the_device(monkeypatch: Any) -> N
     monkeypatch.setattr(providers.platform, "machine", lambda: "x86_64")
     assert "its times say nothing of the device's" in runtime.simulated("QNNExecutionProvider")
     assert runtime.simulated(CPU) == ""
+    latency = Latency("QNNExecutionProvider", 1, 1, 2.0, 1.0, 2.0, 1.0, 2.0, 2.0, 2.0, {"QNNExecutionProvider": 3})
+    check = lr.Verification(Size(1, 1, 1), Size(1, 1, 1), Accuracy("top1", 1, 1, 0, 0, 1, {}), (latency,), (), {})
+    console = Console(record=True, file=io.StringIO(), width=200)
+    console.print(*render_verification(check))
+    assert "ms, QNN (simulator), batch 1" in console.export_text()
     monkeypatch.setattr(providers.platform, "machine", lambda: "aarch64")
     assert runtime.simulated("QNNExecutionProvider") == ""

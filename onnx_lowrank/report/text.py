@@ -11,6 +11,7 @@ from rich.table import Table
 from onnx_lowrank.candidates import show_rank
 from onnx_lowrank.pipeline import Inspection, Verification
 from onnx_lowrank.report.data import Report, Size, TargetResult
+from onnx_lowrank.runtime import simulated
 from onnx_lowrank.types import Skip
 from onnx_lowrank.verify import Accuracy, Latency
 
@@ -127,7 +128,8 @@ def _comparison(
             table.add_row(f"{name} with the original", "", f"{value:.4f}", "")
     for latency in latencies:
         provider = latency.provider.removesuffix("ExecutionProvider")
-        name = f"ms, {provider}, batch {latency.batch}, {latency.threads} thread(s)"
+        imitated = " (simulator)" if simulated(latency.provider) else ""
+        name = f"ms, {provider}{imitated}, batch {latency.batch}, {latency.threads} thread(s)"
         if math.isnan(latency.speedup):
             table.add_row(name, "", "", f"[yellow]not run on {provider}[/]")
             continue
