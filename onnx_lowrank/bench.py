@@ -24,7 +24,7 @@ from onnx_lowrank.graph.save import save
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.quantize import Choice, Measured, choose, measure_ranges, prepared
 from onnx_lowrank.quantize.rounding import rounding_of
-from onnx_lowrank.report.data import Size
+from onnx_lowrank.report.data import Size, TargetResult
 from onnx_lowrank.rewrite import LayerReport
 from onnx_lowrank.runtime import RunSettings, Session, give_back_memory, time_pair
 from onnx_lowrank.sensitivity import difference
@@ -98,9 +98,9 @@ class Bench:
     def __init__(self, planner: Planner, folder: Path) -> None:
         self.planner = planner
         self._folder = folder
-        self._settings = RunSettings(planner.config.provider, planner.config.threads)
         self._count = 0
-        subject = planner.subject
+        subject, config = planner.subject, planner.config
+        self._settings = subject.settings(config)
         # the file as given where there is one: what users run, and read from disk only once
         given = subject.model.path
         self._path = given or self._write(subject.model)
@@ -109,20 +109,24 @@ class Bench:
         self._latencies: dict[Path, Latency] = {}
         self._held: tuple[list[Batch], list[Outputs]] | None = None
         # what ONNX Runtime cannot load or run is told before the work; this session goes again, for its memory
-        Session(self._path, self._settings).run(subject.feeds())
+        self._batch = config.batch_size if config.accelerated else 1
+        first = Session(self._path, self._settings)
+        first.run(subject.feeds(self._batch))
+        if config.needs_latency:
+            first.check_times()
+        del first
         self._objection = check_model(self._path)
         files = {given, *_data_files(subject.model)} if given else self._path.parent.iterdir()
         self.original = Size(subject.cost.macs, subject.cost.params, _bytes(files))
-        self._data = open_config_data("evaluate", subject.inputs, planner.config) or open_config_data(
-            "calibrate", subject.inputs, planner.config
-        )
+        inputs = subject.measured_inputs(config)
+        self._data = open_config_data("evaluate", inputs, config) or open_config_data("calibrate", inputs, config)
         self.notes: tuple[str, ...] = ()
         if self._data is None:
             self.notes += (
                 "no data was given: outputs were compared on random inputs, which says little about accuracy; "
                 "give --evaluate DATA",
             )
-        self._metric = _metric(planner.config)
+        self._metric = _metric(config)
         self.refiner = self._open_refiner()
 
     def _open_refiner(self) -> Refiner | None:
@@ -166,8 +170,10 @@ class Bench:
         With calibration samples, the plan by the weights alone is one of them: no fit makes a model worse than that on
         the samples held out.
         """
+        plans = [self.planner.on_target(each) for each in (plan, *others)]
+        plan = plans[0]
         fitted = self.planner.fits and any(not choice.dense for choice in plan.choices)
-        variants = [(each, self.planner.fits) for each in (plan, *others)] + (
+        variants = [(each, self.planner.fits) for each in plans] + (
             [(plan.with_notes(UNFITTED), False)] if fitted else []
         )
         made = []
@@ -178,6 +184,15 @@ class Bench:
             made.append((self._difference(placed.path) if len(variants) > 1 else 0.0, placed, each, layers))
         _, placed, chosen, layers = min(made, key=lambda item: item[0])
         return self._measure(placed, chosen, layers)
+
+    def parts(self, attempt: Attempt) -> tuple[TargetResult, ...]:
+        """How the target would cut the original and an attempt; nothing where that cannot be told without it."""
+        target, placement = self.planner.target, self.planner.placement
+        if target.ops is None:
+            return ()
+        with self.planner.stage("partitions"):
+            before, after = placement.before, placement.of(attempt.model or load(attempt.path))
+        return (TargetResult(target.name, {"before": before, "after": after}),) if before and after else ()
 
     def tuned(self, attempt: Attempt) -> Attempt:
         """`attempt` trained as the options say, and measured again; its time is that of the same nodes before.
@@ -221,10 +236,19 @@ class Bench:
         with self.planner.stage("verify"):
             if self._held is None:
                 held = self.planner.apart()
-                self._held = held, [self._session.run(batch) for batch in held]
+                original = self._any_size(self._path)
+                self._held = held, [original.run(batch) for batch in held]
             held, reference = self._held
-            session = self._session_of(path)
+            session = self._any_size(path)
             return difference([session.run(batch) for batch in held], reference)
+
+    def _any_size(self, path: Path) -> Session:
+        """A model in a session that takes batches of any size."""
+        return (
+            Session(path, RunSettings(threads=self._settings.threads))
+            if self._settings.sizes
+            else self._session_of(path)
+        )
 
     def measure(self, model: Model, plan: Plan, layers: tuple[LayerReport, ...]) -> Attempt:
         """Check a model against the original.
@@ -318,7 +342,7 @@ class Bench:
         progress = self.planner.progress
         if self._data is None:
             for number in range(RANDOM_SAMPLES):
-                yield self.planner.subject.feeds(1, seed=number), None
+                yield self.planner.subject.feeds(self._batch, seed=number), None
             return
         total, done = self._data.samples or 0, 0
         for feeds, labels in self._data.batches(EVALUATION_BATCH):

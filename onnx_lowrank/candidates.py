@@ -206,6 +206,21 @@ def loaded(group: Group) -> Group:
     return Group(tuple(replace(layer, read_weight=read) for layer in group.layers))
 
 
+Refuses = Callable[[Layer, Chain], "str | None"]
+"""Why a chain cannot stand for a layer; None where it can."""
+
+
+def no_refusal(layer: Layer, chain: Chain) -> str | None:
+    """Every chain can stand for its layer."""
+    return None
+
+
+def refused(group: Group, candidate: Candidate, refuses: Refuses) -> str | None:
+    """Why a chain of a candidate is refused; None where none is."""
+    reasons = (refuses(layer, chain) for layer, chain in zip(group.layers, candidate.chains, strict=True))
+    return next((reason for reason in reasons if reason), None)
+
+
 def group_candidates(
     group: Group,
     methods: Sequence[str],
@@ -214,6 +229,7 @@ def group_candidates(
     *,
     most: int | None = None,
     levels: bool = False,
+    refuses: Refuses = no_refusal,
 ) -> tuple[tuple[Candidate, ...], Skip | None]:
     """Every candidate of `group` that saves something, the dense one first, and why there is none besides it.
 
@@ -226,6 +242,8 @@ def group_candidates(
         Ranks along each mode.
     levels
         The error is -log of the level that the rank keeps (see :func:`~onnx_lowrank.decompositions.levels.energy_levels`).
+    refuses
+        Why a chain cannot stand for a layer where the model is to run.
     """
     dense = group.dense
     specs = [layer.spec for layer in group.owners]
@@ -238,6 +256,10 @@ def group_candidates(
         reason = lift.refuses(decomposition, specs)
         if reason:
             reasons.append(reason)
+            continue
+        reason = refused(group, price(group, name, lift.max_rank(decomposition, specs), math.inf), refuses)
+        if reason:  # by its form: at one rank as at any other
+            reasons.insert(0, reason)
             continue
         grid = rank_grid(lift.max_rank(decomposition, specs), lift.rank_step(decomposition, specs, block), most)
         cheaper = [c for c in (price(group, name, rank, math.inf) for rank in grid) if saves(c, dense)]
@@ -291,7 +313,11 @@ def _no_dearer(one: Cost, other: Cost) -> bool:
 
 
 def estimated_candidate(
-    group: Group, methods: Sequence[str], estimator: Callable[[np.ndarray], int], block: int
+    group: Group,
+    methods: Sequence[str],
+    estimator: Callable[[np.ndarray], int],
+    block: int,
+    refuses: Refuses = no_refusal,
 ) -> Candidate | Skip:
     """`group` by the first method that applies, at the rank that `estimator` gives, aligned upwards to `block`.
 
@@ -301,7 +327,9 @@ def estimated_candidate(
     reasons = []
     for name in methods:
         decomposition = find_decomposition(name)
-        reason = lift.refuses(decomposition, [first.spec])
+        reason = lift.refuses(decomposition, [first.spec]) or refused(
+            group, price(group, name, lift.max_rank(decomposition, [first.spec]), math.inf), refuses
+        )
         if reason:
             reasons.append(reason)
             continue

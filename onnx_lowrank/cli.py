@@ -25,6 +25,7 @@ from onnx_lowrank.ranks import RANK_ESTIMATORS
 from onnx_lowrank.recipes import RECIPES
 from onnx_lowrank.report.data import package_version
 from onnx_lowrank.report.text import render_inspection, render_report, render_verification
+from onnx_lowrank.targets import TARGETS
 from onnx_lowrank.types import LowRankError
 from onnx_lowrank.verify import METRICS
 
@@ -70,27 +71,30 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", _inspect, "what is in a model, what each layer could become, why others are left alone")
     sub.add_argument("model", metavar="MODEL")
-    _options(sub, "layers", "graph", "inputs", "work")
+    _options(sub, "layers", "graph", "inputs", "target", "work")
 
     sub = command("compress", _compress, "the main job: a smaller, faster model, checked")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("out", metavar="OUT")
-    _options(sub, "goal", "layers", "graph", "data", "training", "inputs", "latency", "work", "reports")
+    _options(
+        sub, "goal", "layers", "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports"
+    )
 
     sub = command("apply", _apply, "a saved (and perhaps edited) plan, executed")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("plan_file", metavar="PLAN")
     sub.add_argument("out", metavar="OUT")
-    _options(sub, "graph", "data", "training", "inputs", "latency", "work", "reports")
+    _options(sub, "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports")
 
     sub = command("verify", _verify, "accuracy, latency and placement of two models, side by side")
     sub.add_argument("model", metavar="ORIGINAL")
     sub.add_argument("other", metavar="OTHER")
-    _options(sub, "data", "inputs", "latency", "reports")
+    _options(sub, "data", "inputs", "target", "provider", "latency", "reports")
 
-    command(
+    sub = command(
         "providers", _providers, "the execution providers of this build of ONNX Runtime, and which of them work here"
     )
+    _options(sub, "provider")
     return parser
 
 
@@ -198,8 +202,24 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "inputs": (
         ("--input-shape", {"action": "append", "metavar": "NAME:1,3,224,224", "help": "sizes of an input; repeatable"}),
     ),
+    "target": (
+        (
+            "--target",
+            {"metavar": "NAME", "help": f"what the result is to run on: {', '.join(TARGETS)} (default: cpu)"},
+        ),
+    ),
+    "provider": (
+        ("--provider", {"metavar": "NAME", "help": "execution provider that models run on (default: CPU)"}),
+        (
+            "--provider-option",
+            {"action": "append", "metavar": "KEY=VALUE", "help": "an option of the provider; repeatable"},
+        ),
+        (
+            "--provider-library",
+            {"action": "append", "metavar": "NAME=PATH", "help": "library of a provider, to register; repeatable"},
+        ),
+    ),
     "latency": (
-        ("--provider", {"metavar": "NAME", "help": "execution provider that latency is measured on (default: CPU)"}),
         ("--threads", {"type": int, "metavar": "N", "help": "threads of one operator (default: 1)"}),
         ("--batch-size", {"type": int, "metavar": "N", "help": "samples that latency is measured on (default: 1)"}),
     ),
@@ -279,12 +299,15 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _write_json(arguments.json, check.to_dict())
     _print(arguments, render_verification(check))
-    return MET
+    return MET if check.met else UNMET
 
 
 def _providers(arguments: argparse.Namespace) -> int:
-    lines = [f"{name}: {state}" for name, state in pipeline.providers()]
-    _print(arguments, [f"ONNX Runtime {runtime.version()}", *lines])
+    lines = [f"{name}: {state}" for name, state in pipeline.providers(config=_config(arguments))]
+    checks = [f"--target {target.name}: {target.without}" for target in TARGETS.values() if target.without]
+    others = "Any other comes with a build of ONNX Runtime, or as a library: --provider-library NAME=PATH"
+    parts = [f"ONNX Runtime {runtime.version()}", *lines, others, "What can be checked without the devices:", *checks]
+    _print(arguments, [Text(part) for part in parts])
     return MET
 
 

@@ -41,6 +41,8 @@ TRAINING = ("none", "distill", "labels")
 PRECISIONS = ("float32", "bfloat16")
 """What products may be computed in when a model is trained."""
 
+CPU = "CPUExecutionProvider"
+
 TRAINING_ONLY = ("train", "epochs", "learning_rate", "augment", "loss", "batch_statistics", "precision")
 """Options that say nothing where nothing is trained."""
 
@@ -109,8 +111,13 @@ class Config:
         What the distance of factors from orthogonal ones counts in the recipe ``orthogonal``; None for 1.
     align
         Multiple that ranks are kept to; None takes the block size of this machine's kernels.
+    target
+        Key of ``TARGETS``: what the result is to run on. It says which formats a layer may take and what ranks are kept
+        to, and where it is told without the device, the result is not cut into more parts than the original.
     provider, threads, batch_size, input_shape
-        What latency is measured on; `input_shape` maps input names to sizes.
+        What the models are run and timed on; `input_shape` maps input names to sizes.
+    provider_option, provider_library
+        Options of the provider by their names, and libraries of providers by the names they are registered under.
     jobs
         Processes; 0 takes one for each core.
     seed
@@ -147,7 +154,10 @@ class Config:
     batch_statistics: bool | None = None
     orthogonality: float | None = None
     align: int | None = None
-    provider: str = "CPUExecutionProvider"
+    target: str = "cpu"
+    provider: str = CPU
+    provider_option: Mapping[str, str] = field(default_factory=dict)
+    provider_library: Mapping[str, str] = field(default_factory=dict)
     threads: int = 1
     batch_size: int = 1
     input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -193,6 +203,7 @@ class Config:
             _expect(
                 getattr(self, name) >= least, f"{name} {getattr(self, name)}", f"a whole number of at least {least}"
             )
+        _expect(self.accelerated or not self.provider_option, "provider_option and no provider", "provider NAME")
         _expect(self.align is None or self.align >= 1, f"align {self.align}", "a whole number of at least 1")
 
     @property
@@ -200,6 +211,11 @@ class Config:
         """Whether plans go by the time that layers take."""
         goals = [b.metric for b in self.budget] or ([self.objective] if self.max_drop is not None else [])
         return "latency" in goals
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether another execution provider than the CPU is asked for."""
+        return self.provider.lower() not in (CPU.lower(), "cpu")
 
     @property
     def workers(self) -> int:
@@ -218,7 +234,8 @@ class Config:
             plain[name] = (
                 value if value is None else str(value) if isinstance(value, (str, Path)) else type(value).__name__
             )
-        plain["group"] = dict(self.group)
+        for name in ("group", "provider_option", "provider_library"):
+            plain[name] = dict(plain[name])
         plain["budget"] = {b.metric: b.ratio for b in self.budget}
         plain["input_shape"] = {name: list(shape) for name, shape in self.input_shape.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
@@ -293,19 +310,23 @@ def _budgets(name: str, value: Any) -> tuple[Budget, ...]:
     return tuple(b for item in items for b in ([item] if isinstance(item, Budget) else parse_budgets([item])))
 
 
-def _patterns(name: str, value: Any) -> dict[str, str]:
-    """From a mapping, or from one or more texts NAME=GLOB."""
+def _pairs(name: str, value: Any) -> dict[str, str]:
+    """From a mapping, or from one or more texts KEY=VALUE."""
     if isinstance(value, Mapping):
-        return {str(key): _text(name, pattern) for key, pattern in value.items()}
+        return {str(key): _text(name, text) for key, text in value.items()}
     pairs = [text.partition("=") for text in _texts(name, value)]
-    for key, found, pattern in pairs:
-        _expect(
-            bool(key and found and pattern),
-            f"{name} '{key}{found}{pattern}'",
-            "NAME=GLOB, for example two=layer2.*.conv1,",
-        )
+    for key, found, text in pairs:
+        _expect(bool(key and found and text), f"{name} '{key}{found}{text}'", PAIRS[name])
     _expect(len({key for key, *_ in pairs}) == len(pairs), f"{name} {value}", "a name for each")
-    return {key: pattern for key, _, pattern in pairs}
+    return {key: text for key, _, text in pairs}
+
+
+PAIRS = {
+    "group": "NAME=GLOB, for example two=layer2.*.conv1,",
+    "provider_option": "KEY=VALUE, for example backend_type=htp,",
+    "provider_library": "NAME=PATH, for example QNNExecutionProvider=libonnxruntime_providers_qnn.so,",
+}
+"""What pairs of texts look like."""
 
 
 def _shapes(name: str, value: Any) -> dict[str, tuple[int, ...]]:
@@ -320,11 +341,11 @@ def _shapes(name: str, value: Any) -> dict[str, tuple[int, ...]]:
 
 READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preprocess", "metric", "objective", "recipe", "solver", "damage", "rank", "provider"), _text),
-    **dict.fromkeys(("finetune", "device", "precision", "loss", "quantize"), _text),
+    **dict.fromkeys(("finetune", "device", "precision", "loss", "quantize", "target"), _text),
     **dict.fromkeys(("methods", "include", "exclude", "augment", "trained"), _texts),
     **dict.fromkeys(("threads", "batch_size", "jobs", "seed", "align", "epochs", "train_batch"), _whole),
     "budget": _budgets,
-    "group": _patterns,
+    **dict.fromkeys(PAIRS, _pairs),
     "max_drop": _number,
     **dict.fromkeys(("learning_rate", "orthogonality"), _number),
     **dict.fromkeys(("fold_batchnorm", "batch_statistics"), _truth),
@@ -388,4 +409,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
     for key, value in options.items():
         if key in ("calibrate", "evaluate", "train", "metric", "loss") and ".py:" in str(value):
             raise LowRankError(f"{path}: {key} = '{value}' would execute a file: give it on the command line instead")
+    if "provider_library" in options:
+        raise LowRankError(f"{path}: provider_library would execute a file: give it on the command line instead")
     return options

@@ -105,6 +105,7 @@ class _Bench:
             save(self.model, given)
         self.path = given
         self.reference = Session(given, settings)
+        self.reference.check_times()
 
     def write(self, model: Model) -> tuple[Path, Model]:
         """Write a model in the place of the one before it; and what was written, which may be quantised."""
@@ -141,7 +142,7 @@ class LatencyTable:
             Where ONNX Runtime refuses the model.
         """
         self._subject, self._feeds, self._progress = subject, feeds, progress
-        self._settings = RunSettings(config.provider, config.threads)
+        self._settings = subject.settings(config)
         self._rng = np.random.default_rng(config.seed)
         self._given = subject.model.path
         self._quantize, self._beginning = config.quantize != "none", beginning
@@ -267,6 +268,7 @@ class LatencyTable:
         """All that a time depends on besides the layer."""
         return {
             "provider": self._settings.provider_name,
+            **{f"option {key}": value for key, value in self._settings.options},
             "onnxruntime": version(),
             "processor": processor(),
             "threads": str(config.threads),

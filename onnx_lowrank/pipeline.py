@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.probe import probe_model
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.integrations import from_proto
+from onnx_lowrank.ort_format import SUFFIX, save_ort
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.plans import plan_to_dict, read_choices, read_plan
 from onnx_lowrank.quantize import check_unquantized
 from onnx_lowrank.recipes import find_recipe
-from onnx_lowrank.report.data import Report, Size, environment, plain
+from onnx_lowrank.report.data import Report, Size, TargetResult, environment, plain
+from onnx_lowrank.runtime import Feeds, RunSettings
 from onnx_lowrank.search import budget_results
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Candidate, Cost, LowRankError, Plan, Progress, Skip, no_progress
@@ -41,6 +44,8 @@ class Result:
     plan: Plan
     report: Report
     _written: Model = field(repr=False)
+    _feeds: Feeds = field(repr=False)
+    _compiled: bool = field(repr=False)
 
     @property
     def met(self) -> bool:
@@ -48,8 +53,14 @@ class Result:
         return self.report.met
 
     def save(self, path: str | Path) -> None:
-        """Write the model; see :func:`onnx_lowrank.graph.save.save`."""
-        save(self._written, path)
+        """Write the model, in the format of mobile builds where `path` ends in ``.ort``.
+
+        See :func:`onnx_lowrank.graph.save.save` and :func:`onnx_lowrank.ort_format.save_ort`.
+        """
+        if Path(path).suffix == SUFFIX:
+            save_ort(self._written, Path(path), self._feeds, compiled=self._compiled)
+        else:
+            save(self._written, path)
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,13 @@ class Verification:
     latency: tuple[Latency, ...]
     notes: tuple[str, ...]
     environment: dict[str, str]
+    targets: tuple[TargetResult, ...] = ()
+
+    @property
+    def met(self) -> bool:
+        """Whether the provider asked for ran a part of both models at least, and the target takes the second no worse."""
+        timed = not any(math.isnan(latency.speedup) for latency in self.latency)
+        return timed and all(target.met for target in self.targets)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -204,7 +222,10 @@ def verify(
     with open_bench(planner) as bench:
         attempt = bench.measure(second.model, Plan(()), ())
         latency = bench.latency(attempt)
-        return Verification(bench.original, attempt.size, attempt.accuracy, (latency,), bench.notes, environment())
+        notes = bench.notes + _of_provider(latency)
+        targets = bench.parts(attempt)
+        notes += _on_target(planner, targets)
+        return Verification(bench.original, attempt.size, attempt.accuracy, (latency,), notes, environment(), targets)
 
 
 def inspect(
@@ -226,12 +247,24 @@ def inspect(
     return Inspection(planner.subject.cost, tuple(views), planner.skips(), planner.subject.notes, repeated)
 
 
-def providers() -> tuple[tuple[str, str], ...]:
-    """Execution providers that this build of ONNX Runtime has a name for, and what each does on this machine."""
+def providers(*, config: Config | None = None, **options: Any) -> tuple[tuple[str, str], ...]:
+    """Execution providers that this build of ONNX Runtime has a name for, and what each does on this machine.
+
+    Those of a library, and the one that options are given for, are tried in a process of their own.
+    """
+    config = configured(config, options)
     model, feeds = probe_model()
-    have = runtime.available_providers()
-    missing = tuple((name, "not in this build") for name in runtime.known_providers() if name not in have)
-    return tuple((name, runtime.probe(name, model, feeds)) for name in have) + missing
+    libraries, asked = tuple(config.provider_library.items()), tuple(config.provider_option.items())
+    missing = {name: f"not in this build{runtime.needs(name)}" for name in runtime.known_providers()}
+    apart = dict.fromkeys([*runtime.installed_plugins(), *config.provider_library])
+    wanted = runtime.named(config.provider, [*missing, *apart]) or config.provider
+    found: dict[str, str] = {}
+    for name in dict.fromkeys([*runtime.available_providers(), *apart, *([wanted] if config.accelerated else [])]):
+        options_of = asked if name == wanted else ()
+        settings = RunSettings(name, libraries=libraries if name in apart else (), options=options_of)
+        try_it = runtime.probe_apart if name in apart or settings.options else runtime.probe
+        found[name] = try_it(settings, model, feeds)
+    return tuple({**found, **{name: why for name, why in missing.items() if name not in found}}.items())
 
 
 def configured(config: Config | None, options: Mapping[str, Any]) -> Config:
@@ -244,7 +277,7 @@ def configured(config: Config | None, options: Mapping[str, Any]) -> Config:
 def _finish(bench: Bench, given: Any, best: Attempt) -> Result:
     """Time the best attempt and report on it."""
     planner = bench.planner
-    latency = bench.latency(best)
+    latency, targets = bench.latency(best), bench.parts(best)
     report = Report(
         bench.original,
         best.size,
@@ -255,12 +288,36 @@ def _finish(bench: Bench, given: Any, best: Attempt) -> Result:
         (latency,),
         dict(planner.seconds),
         environment(),
-        best.plan.notes + bench.notes + _advice(planner, best, latency),
+        best.plan.notes + bench.notes + _advice(planner, best, latency) + _on_target(planner, targets),
         not best.layers,
         planner.config.to_dict(),
+        targets,
     )
     model = bench.model_of(best)
-    return Result(from_proto(model.proto, given), best.plan, report, model)
+    feeds, compiled = planner.subject.feeds(), planner.target.compiled
+    return Result(from_proto(model.proto, given), best.plan, report, model, feeds, compiled)
+
+
+def _on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, ...]:
+    """What is known of the target, and what is not."""
+    target, provider = planner.target, planner.config.provider
+    if target.name == "cpu":
+        return ()
+    notes = [
+        f"target {result.name} takes the result worse than the original: do not use it there"
+        for result in results
+        if not result.met
+    ]
+    if not results and not planner.timed_on_target:
+        notes.append(f"how {target.name} cuts the models is not told without it; checked here: {target.without}")
+    if not planner.timed_on_target:
+        notes.append(f"times are those of {provider} on this machine, and say nothing of {target.name}")
+    return tuple(notes)
+
+
+def _of_provider(latency: Latency) -> tuple[str, ...]:
+    """What the provider left to others, and whether it is the device that it is called after."""
+    return tuple(note for note in (latency.fallback, runtime.simulated(latency.provider)) if note)
 
 
 def _advice(planner: Planner, best: Attempt, latency: Latency) -> tuple[str, ...]:
@@ -281,6 +338,7 @@ def _advice(planner: Planner, best: Attempt, latency: Latency) -> tuple[str, ...
             f"the result is slower than the original ({latency.speedup:.2f}x): its layers are too small for this machine "
             f"to gain; use --max-drop, or leave layers out with --exclude"
         )
+    notes += _of_provider(latency)
     if best.accuracy.broken:
         notes.append(f"{best.accuracy.broken} sample(s) give NaN or infinity: do not use this model")
     stuck = [layer.name for layer in best.layers if not layer.converged]

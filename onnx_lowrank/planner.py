@@ -15,7 +15,14 @@ from onnx_lowrank.budgets import BUDGET_SOLVERS, find_solver
 from onnx_lowrank.budgets.enc import TOP, combined
 from onnx_lowrank.budgets.knapsack import OutOfReach, cheapest
 from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length
-from onnx_lowrank.candidates import Group, estimated_candidate, group_candidates, loaded, pareto
+from onnx_lowrank.candidates import (
+    Group,
+    Refuses,
+    estimated_candidate,
+    group_candidates,
+    loaded,
+    pareto,
+)
 from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, is_joint
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
@@ -24,12 +31,14 @@ from onnx_lowrank.graph.sections import alike
 from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.parallel import run_all
+from onnx_lowrank.placement import Placement
 from onnx_lowrank.quantize import beginnings
 from onnx_lowrank.ranks import parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
 from onnx_lowrank.sensitivity import agreeing, interpolated, measured
 from onnx_lowrank.subject import Subject, open_config_data
+from onnx_lowrank.targets import Target, find_target
 from onnx_lowrank.types import (
     Budget,
     Candidate,
@@ -107,7 +116,14 @@ class Planner:
             raise LowRankError(
                 f"damage {config.damage} is measured of single layers: leave out {', '.join(joint)}, or take --damage output"
             )
-        self._solver = find_solver(config.solver)
+        self._solver, self.target = find_solver(config.solver), find_target(config.target)
+        self.placement = Placement(subject, self.target)
+        self.timed_on_target = _times_are_of(self.target, config)
+        if config.needs_latency and not self.timed_on_target:
+            raise LowRankError(
+                f"latency on target {self.target.name} cannot be told by {config.provider}: give a budget on macs or params "
+                f"(--objective macs with --max-drop), or --provider {self.target.provider} where there is one"
+            )
         self.subject, self.config, self.progress = subject, config, progress
         self.policy = policy or Policy()
         self.seconds: dict[str, float] = {}
@@ -137,12 +153,13 @@ class Planner:
     def candidates(self) -> list[tuple[Candidate, ...]]:
         """Candidates of each group of the subject, the dense one first."""
         if self._candidates is None:
-            block, damage = self.config.align or block_size(), self.config.damage
+            damage = self.config.damage
             seen = self.statistics if damage in ("output", "weights") else {}
             made = self._for_each_group(
                 partial(
                     _candidates_of,
-                    block=block,
+                    block=self.block,
+                    refuses=self.target.refuses,
                     most=EVERY_RANK if self.policy.every_rank else None,
                     levels=damage in ("energy", "accuracy", "combined"),
                 ),
@@ -163,6 +180,11 @@ class Planner:
                 self._by_accuracy = self._on_samples(alone, agreeing)
             self._refused = tuple(skip for _, skip in made[:single] if skip)
         return self._candidates
+
+    @property
+    def block(self) -> int:
+        """Multiple that ranks are kept to."""
+        return self.config.align or self.target.block or block_size()
 
     @cached_property
     def joint(self) -> tuple[Group, ...]:
@@ -447,15 +469,27 @@ class Planner:
     def estimated(self) -> Plan:
         """The plan that a rank estimator makes, in the place of an allocation."""
         estimator = parse_estimator(self.config.rank or "vbmf")
-        block = self.config.align or block_size()
         alone = tuple(name for name in self.config.methods if not is_joint(name))
         made = self._for_each_group(
-            partial(estimated_candidate, methods=alone, estimator=estimator, block=block),
+            partial(
+                estimated_candidate,
+                methods=alone,
+                estimator=estimator,
+                block=self.block,
+                refuses=self.target.refuses,
+            ),
             [partial(loaded, group) for group in self.subject.groups],
         )
         self._refused = tuple(item for item in made if isinstance(item, Skip))
         groups = self.subject.groups
         return self.plan([g.dense if isinstance(m, Skip) else m for g, m in zip(groups, made, strict=True)])
+
+    def on_target(self, plan: Plan) -> Plan:
+        """`plan` less what the target does not take, or takes in more parts than the original."""
+        if self.target.ops is None:
+            return self.placement.held(plan, self._dense())
+        with self.stage("partitions"):
+            return self.placement.held(plan, self._dense())
 
     def take(self, choice: Candidate, made: Factorization) -> None:
         """Let `choice` be carried out with kernels made elsewhere, where nothing is fitted to samples."""
@@ -508,6 +542,12 @@ class Planner:
             few.append(batch)
         self.fitted_on = count(few), count(feeds)
         return few
+
+
+def _times_are_of(target: Target, config: Config) -> bool:
+    """Whether what the models are timed on is the target."""
+    short = target.provider.removesuffix("ExecutionProvider")
+    return target is find_target("cpu") or config.provider.lower() in (target.provider.lower(), short.lower())
 
 
 def _alive(layer: Layer) -> int:
@@ -576,7 +616,7 @@ def _task(group: Group, methods: tuple[str, ...], seen: Sequence[LayerStatistics
 
 
 def _candidates_of(
-    task: _Task, block: int, most: int | None, levels: bool
+    task: _Task, block: int, refuses: Refuses, most: int | None, levels: bool
 ) -> tuple[tuple[Candidate, ...], Skip | None]:
     group, methods, seen = task
-    return group_candidates(group, methods, block, seen, most=most, levels=levels)
+    return group_candidates(group, methods, block, seen, most=most, levels=levels, refuses=refuses)

@@ -112,6 +112,17 @@ def rewrite(
     )
 
 
+def sketch(model: Model, found: Found, plan: Plan) -> Model:
+    """A copy of `model` in the form that `plan` gives it, with zeros for kernels: what it looks like costs no fit."""
+    dtypes = {layer.name: layer.dtype for layer in found.layers}
+    replacements = []
+    for choice in plan.choices:
+        for name, chain in zip(choice.layers, choice.chains, strict=False):  # a dense one has no chains
+            kernels = [np.zeros(stage.spec.weight_shape, dtypes[name]) for stage in chain]
+            replacements.append(Replacement(name, choice.decomposition, choice.rank, chain, kernels))
+    return splice(model, found, replacements)[0]
+
+
 def _stored_by(choice: Candidate, chain: Chain, *, first: bool) -> int:
     """Parameters of a layer's chain: what it shares with others counts for the first of them."""
     own = sum(math.prod(shape) for stage in chain for tag, shape in stage.pieces if not tag)

@@ -80,7 +80,8 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
             if not r.met and r.metric in measured
         ]
         best = attempt
-        if not missed or any("cannot be met" in note for note in attempt.plan.notes):
+        unknown = any(math.isnan(result.reached) for result in missed)  # no time is known of a provider that fell back
+        if not missed or unknown or any("cannot be met" in note for note in attempt.plan.notes):
             break
         for result in missed:
             counted = planner.counts(result.metric)

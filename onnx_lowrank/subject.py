@@ -58,6 +58,35 @@ class Subject:
     cost: Cost
     notes: tuple[str, ...]
 
+    def settings(self, config: Config) -> RunSettings:
+        """What the model is measured on. Providers beside the CPU compile models: every axis that has a name gets a size."""
+        sizes: dict[str, int] = {}
+        if config.accelerated:
+            for spec, fixed in zip(self.inputs, self.measured_inputs(config), strict=True):
+                sizes |= {s: int(f or 1) for s, f in zip(spec.shape, fixed.shape, strict=True) if isinstance(s, str)}
+        options, libraries = config.provider_option.items(), config.provider_library.items()
+        return RunSettings(
+            config.provider,
+            config.threads,
+            options=tuple(options),
+            libraries=tuple(libraries),
+            sizes=tuple(sizes.items()),
+        )
+
+    def measured_inputs(self, config: Config) -> tuple[InputSpec, ...]:
+        """What the model is fed where it is measured: of the sizes that :meth:`settings` lays down."""
+        if not config.accelerated:
+            return self.inputs
+        made = []
+        for spec in self.inputs:
+            sizes = self.sample_shapes[spec.name]
+            named = [(config.batch_size if axis == 0 else size) for axis, size in enumerate(sizes)]
+            shape = tuple(
+                size if s is None or isinstance(s, str) else s for s, size in zip(spec.shape, named, strict=True)
+            )
+            made.append(replace(spec, shape=shape))
+        return tuple(made)
+
     def feeds(self, batch: int = 1, *, seed: int = 0) -> Feeds:
         """Random feeds of `batch` samples, or of as many as the model insists on."""
         shapes = {spec.name: self.sample_shapes[spec.name] for spec in self.inputs}

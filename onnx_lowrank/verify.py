@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import stats
 
-from onnx_lowrank.runtime import Feeds, RunSettings, Session, time_pair
+from onnx_lowrank.runtime import Feeds, RunSettings, Session, needs, time_pair
 from onnx_lowrank.types import LowRankError
 
 CONFIDENCE = 0.95
@@ -54,7 +55,17 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Latency:
-    """Median times of both models, run in turn on the same feeds."""
+    """Median times of both models, run in turn on the same feeds.
+
+    Every figure is NaN where a session does not say that the provider runs a part of its model: what ran was the CPU.
+
+    Parameters
+    ----------
+    placement, original_placement
+        Nodes that each provider runs of the compressed model and of the original, as their sessions say.
+    fallback
+        What of either model the provider left to others, and what it would need; empty where it runs all.
+    """
 
     provider: str
     threads: int
@@ -67,6 +78,8 @@ class Latency:
     speedup_low_95: float
     speedup_high_95: float
     placement: dict[str, int]
+    original_placement: dict[str, int] = field(default_factory=dict)
+    fallback: str = ""
 
 
 def _samples(outputs: Outputs) -> int:
@@ -345,22 +358,31 @@ def _paired_upper(lost: int, gained: int, n: int) -> float:
 def check_latency(
     original: Session, compressed: Session, feeds: Feeds, settings: RunSettings, rounds: int = 50
 ) -> Latency:
-    """Time both models in turn on `feeds`."""
-    timing = time_pair(original, compressed, feeds, rounds=rounds)
-    low, high = timing.speedup_interval
-    batch = next((len(v) for v in feeds.values() if np.ndim(v)), 1)
+    """Time both models in turn on `feeds`; a provider that left a whole model to the CPU is given no figure."""
+    medians = ninetieths = ratios = [math.nan, math.nan, math.nan]
+    if original.runs_there and compressed.runs_there:
+        timing = time_pair(original, compressed, feeds, rounds=rounds)
+        times = timing.first_ms, timing.second_ms
+        medians, ninetieths = ([float(np.percentile(ms, share)) for ms in times] for share in (50, 90))
+        ratios = [timing.speedup, *timing.speedup_interval]
+    sessions = {"original": original, "compressed": compressed}
+    said = [f"{which}: {session.fallback}" for which, session in sessions.items() if session.fallback]
+    if not (original.runs_there and compressed.runs_there):
+        said.append(f"no time is given for {original.provider}{needs(original.provider)}")
     return Latency(
-        provider=settings.provider_name,
+        provider=original.provider,
         threads=settings.threads,
-        batch=batch,
-        original_ms=float(np.median(timing.first_ms)),
-        compressed_ms=float(np.median(timing.second_ms)),
-        original_p90_ms=float(np.percentile(timing.first_ms, 90)),
-        compressed_p90_ms=float(np.percentile(timing.second_ms, 90)),
-        speedup=timing.speedup,
-        speedup_low_95=low,
-        speedup_high_95=high,
+        batch=next((len(v) for v in feeds.values() if np.ndim(v)), 1),
+        original_ms=medians[0],
+        compressed_ms=medians[1],
+        original_p90_ms=ninetieths[0],
+        compressed_p90_ms=ninetieths[1],
+        speedup=ratios[0],
+        speedup_low_95=ratios[1],
+        speedup_high_95=ratios[2],
         placement=compressed.placement,
+        original_placement=original.placement,
+        fallback="; ".join(said),
     )
 
 

@@ -50,6 +50,8 @@ HALF = (Budget("macs", 0.5),)
         ("include", ["a*,b", ["a*", "b"]], ("a*", "b")),
         ("exclude", ["a", ["a"]], ("a",)),
         ("input_shape", [{"x": (1, 3)}, {"x": [1, np.int64(3)]}, "x:1,3", ["x:1,3"]], {"x": (1, 3)}),
+        ("provider_library", [{"Foo": Path("a=b.so")}, "Foo=a=b.so", ["Foo=a=b.so"]], {"Foo": "a=b.so"}),
+        ("target", ["nnapi"], "nnapi"),
         ("max_drop", [0.01, "0.01", np.float32(0.01).astype(float)], pytest.approx(0.01)),
         ("max_drop", [0, 0.0], 0.0),
         ("jobs", [3, np.int64(3)], 3),
@@ -110,6 +112,9 @@ def test_an_option_may_be_given_in_everyday_forms(name: str, forms: list[Any], v
         ("input_shape", 3, "input_shape 3 was given"),
         ("input_shape", "x", "input shape 'x' was given: NAME:SIZES"),
         ("input_shape", ":1,3", "input shape ':1,3' was given: NAME:SIZES"),
+        ("provider_option", "a=1", "provider_option and no provider was given: provider NAME was expected"),
+        ("provider_library", "foo.so", "provider_library 'foo.so' was given: NAME=PATH, for example QNN"),
+        ("target", 3, "target 3 was given: text was expected"),
         ("rankk", "vbmf", "option 'rankk' was given: one of align, .*, trained was expected"),
     ],
 )
@@ -168,6 +173,7 @@ def test_options_are_read_from_toml(tmp_path: Path) -> None:
         (b"calibrate = 'a.py:data'", "options.toml: calibrate = 'a.py:data' would execute a file"),
         (b"evaluate = 'a.py:data'", "evaluate = 'a.py:data' would execute a file"),
         (b"metric = 'a.py:data'", "metric = 'a.py:data' would execute a file"),
+        (b"provider-library = 'Foo=foo.so'", "options.toml: provider_library would execute a file: give it on the"),
         (b"evaluate = ['a.py:data']", "would execute a file: give it on the command line instead"),
     ],
 )

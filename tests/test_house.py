@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "olive": ("integrations/",),
     "polygraphy": ("integrations/",),
     "google": ("graph/",),
-    "onnxruntime": ("runtime.py", "quantize/qdq.py"),
+    "onnxruntime": ("runtime/", "quantize/qdq.py"),
     "torch": ("finetune/",),
     "argparse": ("cli.py",),
 }

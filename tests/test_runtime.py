@@ -136,21 +136,23 @@ class Old:
 
 
 def test_where_nodes_run_is_left_open_by_a_version_that_does_not_say(monkeypatch):
-    monkeypatch.setattr(runtime.ort, "InferenceSession", lambda *args, **kwargs: Old())
+    monkeypatch.setattr(runtime.session.ort, "InferenceSession", lambda *args, **kwargs: Old())
     assert session().placement == {}
-    assert probe(CPU, b"", {}) == "loads and runs, but this version of ONNX Runtime does not say where"
+    assert probe(RunSettings(), b"", {}) == "loads and runs, but this version of ONNX Runtime does not say where"
 
 
 def test_a_provider_works_where_it_really_ran_something():
     model = MODEL.SerializeToString()
-    assert probe(CPU, model, FEEDS) == "works"
-    assert probe(CPU, b"damaged", FEEDS).startswith("does not work: ONNX Runtime cannot load the model")
-    assert probe("NoSuchProvider", model, FEEDS).startswith("does not work: execution provider 'NoSuchProvider'")
+    assert probe(RunSettings(), model, FEEDS) == "works"
+    assert probe(RunSettings(), b"damaged", FEEDS).startswith("does not work: ONNX Runtime cannot load the model")
+    assert probe(RunSettings("NoSuchProvider"), model, FEEDS).startswith(
+        "does not work: execution provider 'NoSuchProvider'"
+    )
 
 
 def test_a_provider_that_left_everything_to_the_cpu_does_not_count_as_working(monkeypatch):
     monkeypatch.setattr(runtime.Session, "placement", property(lambda self: {"OtherExecutionProvider": 2}))
-    assert probe(CPU, MODEL.SerializeToString(), FEEDS) == (
+    assert probe(RunSettings(), MODEL.SerializeToString(), FEEDS) == (
         "loads, but ran nothing here (all on OtherExecutionProvider)"
     )
 
@@ -249,7 +251,7 @@ class Clocked:
 
 def planted(monkeypatch, first, second):
     clock, log = [0.0], []
-    monkeypatch.setattr(runtime.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(runtime.timing.time, "perf_counter", lambda: clock[0])
     return Clocked("a", iter(first), clock, log), Clocked("b", iter(second), clock, log), log
 
 

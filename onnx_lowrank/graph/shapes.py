@@ -104,7 +104,7 @@ def infer(model: Model, inputs: Shapes) -> Shapes:
         if value.name not in stored:
             graph.input.append(value)
             if value.name in inputs:
-                _set_shape(graph.input[-1], inputs[value.name])
+                set_shape(graph.input[-1], inputs[value.name])
     for tensor in stored.values():
         if math.prod(tensor.dims) <= SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
             graph.initializer.append(tensor)
@@ -112,7 +112,7 @@ def infer(model: Model, inputs: Shapes) -> Shapes:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     for name, tensor in sparse.items():
         graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.values.data_type, tensor.dims))
-    graph.output.extend(onnx.ValueInfoProto(name=o.name, type=_unshaped(o.type)) for o in source.output)
+    graph.output.extend(onnx.ValueInfoProto(name=o.name, type=unshaped(o.type)) for o in source.output)
     bare = onnx.ModelProto(
         # inputs with an initializer of their own are allowed from version 4 of the format
         ir_version=max(model.proto.ir_version, 4),
@@ -132,14 +132,15 @@ def infer(model: Model, inputs: Shapes) -> Shapes:
     return shapes
 
 
-def _set_shape(value: onnx.ValueInfoProto, shape: Sequence[int]) -> None:
+def set_shape(value: onnx.ValueInfoProto, shape: Sequence[int]) -> None:
+    """Say that a tensor has this shape."""
     dims = value.type.tensor_type.shape.dim
     del dims[:]  # there may be none, where the rank is not said
     for size in shape:
         dims.add(dim_value=size)
 
 
-def _unshaped(kind: onnx.TypeProto) -> onnx.TypeProto:
+def unshaped(kind: onnx.TypeProto) -> onnx.TypeProto:
     """The type without sizes, which would otherwise be merged with the ones asked for."""
     bare = onnx.TypeProto()
     bare.CopyFrom(kind)

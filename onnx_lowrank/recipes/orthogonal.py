@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lowrank.bench import Attempt, Bench
-from onnx_lowrank.candidates import Group, is_spatial_convolution, price
+from onnx_lowrank.candidates import Group, is_spatial_convolution, price, refused
 from onnx_lowrank.config import METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.matrix import is_pointwise
@@ -71,7 +71,12 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     assert refiner is not None  # the options say so
     groups = planner.subject.groups
     before = plain_graph(planner.subject.model)
-    choices = {group.names[0]: choice for group in groups if (choice := _full(group, config.methods[0], before.stored))}
+    choices = {
+        group.names[0]: choice
+        for group in groups
+        if (choice := _full(group, config.methods[0], before.stored))
+        and not refused(group, choice, planner.target.refuses)
+    }
     if not choices:
         raise LowRankError("recipe orthogonal: the model has no plain convolution to factorise")
     wide, reports = planner.carry_out(planner.plan([choices.get(group.names[0], group.dense) for group in groups]))

@@ -26,7 +26,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lowrank.bench import Attempt, Bench
-from onnx_lowrank.candidates import Group, is_spatial_convolution, price
+from onnx_lowrank.candidates import Group, is_spatial_convolution, price, refused
 from onnx_lowrank.config import METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.cp import CP3
@@ -76,7 +76,7 @@ def policy(config: Config) -> Policy:
 def search(planner: Planner, bench: Bench) -> Attempt:
     """Layer by layer."""
     assert bench.refiner is not None  # the options say so
-    names = [group.names[0] for group in planner.subject.groups if _eligible(group)]
+    names = [group.names[0] for group in planner.subject.groups if _eligible(group, planner)]
     ranks = _ranks(planner, bench)
     model = planner.subject.model
     reports: dict[str, LayerReport] = {}
@@ -107,9 +107,12 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     return bench.measure(planner.finished(model), plan, layers)
 
 
-def _eligible(group: Group) -> bool:
-    refusal = lift.refuses(find_decomposition(METHOD), [group.layers[0].spec])
-    return is_spatial_convolution(group) and refusal is None
+def _eligible(group: Group, planner: Planner) -> bool:
+    decomposition, specs = find_decomposition(METHOD), [group.layers[0].spec]
+    if not is_spatial_convolution(group) or lift.refuses(decomposition, specs):
+        return False
+    widest = price(group, METHOD, lift.max_rank(decomposition, specs), math.nan)
+    return refused(group, widest, planner.target.refuses) is None
 
 
 def _choice(group: Group, rank: int) -> Candidate | None:
@@ -135,7 +138,7 @@ def _ranks(planner: Planner, bench: Bench) -> Ranks:
         return _estimated
     if rule == AT_START:
         fixed: Mapping[str, int] = {
-            group.names[0]: _estimated(group) for group in planner.subject.groups if _eligible(group)
+            group.names[0]: _estimated(group) for group in planner.subject.groups if _eligible(group, planner)
         }
     else:
         fixed = _by_sensitivity(planner, bench, _share(rule or ""))
@@ -164,7 +167,7 @@ def _share(rule: str) -> float:
 def _by_sensitivity(planner: Planner, bench: Bench, share: float) -> Mapping[str, int]:
     """Ranks in proportion to sensitivity, such that all layers together keep a share of their work."""
     assert bench.refiner is not None
-    groups = [group for group in planner.subject.groups if _eligible(group)]
+    groups = [group for group in planner.subject.groups if _eligible(group, planner)]
     per_rank = {group.names[0]: price(group, METHOD, (1,), math.nan).cost.macs for group in groups}
     felt = {}
     for number, group in enumerate(groups):

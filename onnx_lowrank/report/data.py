@@ -10,6 +10,7 @@ from typing import Any
 
 from onnx_lowrank import runtime
 from onnx_lowrank.rewrite import LayerReport
+from onnx_lowrank.runtime import Partitions
 from onnx_lowrank.types import Skip
 from onnx_lowrank.verify import Accuracy, Latency
 
@@ -32,6 +33,27 @@ class BudgetResult:
     reached: float
     met: bool
     predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """What a target would make of both models, told without it.
+
+    Parameters
+    ----------
+    name
+        Key of ``TARGETS``.
+    partitions
+        The parts that it takes the original in (``before``), and the result (``after``).
+    """
+
+    name: str
+    partitions: dict[str, Partitions]
+
+    @property
+    def met(self) -> bool:
+        """Whether the result is cut into no more parts, and no smaller share of it is taken."""
+        return self.partitions["after"].no_worse_than(self.partitions["before"])
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,8 @@ class Report:
         What the user should know: assumptions made, what was given up, what to do next.
     unchanged
         True where the result is the model that was given.
+    targets
+        How the target asked for would cut both models, where that can be told without it.
     """
 
     original: Size
@@ -72,6 +96,7 @@ class Report:
     notes: tuple[str, ...]
     unchanged: bool = False
     config: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[TargetResult, ...] = ()
 
     @property
     def met(self) -> bool:
@@ -84,6 +109,11 @@ class Report:
         missed = [f"{b.metric} {b.reached:.4g} was reached, {b.asked:g} asked for" for b in self.budgets if not b.met]
         if self.accuracy and self.accuracy.broken:
             missed.append(f"{self.accuracy.broken} sample(s) give NaN or infinity")
+        missed += [
+            f"target {target.name} cuts the result into more parts, or takes less of it, than the original"
+            for target in self.targets
+            if not target.met
+        ]
         return tuple(missed)
 
     def to_dict(self) -> dict[str, Any]:

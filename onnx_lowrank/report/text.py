@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from rich.markup import escape
@@ -9,7 +10,8 @@ from rich.table import Table
 
 from onnx_lowrank.candidates import show_rank
 from onnx_lowrank.pipeline import Inspection, Verification
-from onnx_lowrank.report.data import Report, Size
+from onnx_lowrank.report.data import Report, Size, TargetResult
+from onnx_lowrank.runtime import simulated
 from onnx_lowrank.types import Skip
 from onnx_lowrank.verify import Accuracy, Latency
 
@@ -24,7 +26,7 @@ def render_report(report: Report) -> Iterator[Renderable]:
     if report.layers:
         yield _layer_table(report)
     yield from _skips(report.skips)
-    yield _comparison(report.original, report.compressed, report.accuracy, report.latency)
+    yield _comparison(report.original, report.compressed, report.accuracy, report.latency, report.targets)
     for budget in report.budgets:
         mark = "[green]met[/]" if budget.met else "[red]not met[/]"
         foretold = "" if budget.predicted is None else f" (predicted {budget.predicted:.4g})"
@@ -39,7 +41,7 @@ def render_report(report: Report) -> Iterator[Renderable]:
 
 def render_verification(check: Verification) -> Iterator[Renderable]:
     """What `verify` says."""
-    yield _comparison(check.original, check.compressed, check.accuracy, check.latency)
+    yield _comparison(check.original, check.compressed, check.accuracy, check.latency, check.targets)
     yield from _notes(check.notes)
 
 
@@ -101,7 +103,13 @@ def _share(after: int, before: int) -> str:
     return f"{after / before:.0%}" if before else "shared"
 
 
-def _comparison(original: Size, compressed: Size, accuracy: Accuracy | None, latencies: Sequence[Latency]) -> Table:
+def _comparison(
+    original: Size,
+    compressed: Size,
+    accuracy: Accuracy | None,
+    latencies: Sequence[Latency],
+    targets: Sequence[TargetResult],
+) -> Table:
     table = _table("", "original", "compressed", "", numbers=(1, 2, 3))
     for name, attribute in (("MACs", "macs"), ("parameters", "params"), ("bytes", "size_bytes")):
         before, after = getattr(original, attribute), getattr(compressed, attribute)
@@ -120,8 +128,13 @@ def _comparison(original: Size, compressed: Size, accuracy: Accuracy | None, lat
             table.add_row(f"{name} with the original", "", f"{value:.4f}", "")
     for latency in latencies:
         provider = latency.provider.removesuffix("ExecutionProvider")
+        imitated = " (simulator)" if simulated(latency.provider) else ""
+        name = f"ms, {provider}{imitated}, batch {latency.batch}, {latency.threads} thread(s)"
+        if math.isnan(latency.speedup):
+            table.add_row(name, "", "", f"[yellow]not run on {provider}[/]")
+            continue
         table.add_row(
-            f"ms, {provider}, batch {latency.batch}, {latency.threads} thread(s)",
+            name,
             f"{latency.original_ms:.3f}",
             f"{latency.compressed_ms:.3f}",
             f"{latency.speedup:.2f}x ({latency.speedup_low_95:.2f} to {latency.speedup_high_95:.2f})",
@@ -130,6 +143,11 @@ def _comparison(original: Size, compressed: Size, accuracy: Accuracy | None, lat
         if elsewhere:
             fell = ", ".join(f"{n} on {p.removesuffix('ExecutionProvider')}" for p, n in elsewhere.items())
             table.add_row("", "", "", f"[yellow]not all on {provider}: {fell}[/]")
+    for target in targets:
+        before, after = target.partitions["before"], target.partitions["after"]
+        table.add_row(f"parts on {target.name}", str(before.num_partitions), str(after.num_partitions), "")
+        taken = (f"{parts.num_supported} of {parts.num_nodes}" for parts in (before, after))
+        table.add_row(f"nodes that {target.name} takes", *taken, "")
     return table
 
 

@@ -74,7 +74,7 @@ def test_names_of_nodes_inputs_and_outputs_stay() -> None:
 
 def test_nodes_left_in_floating_point_are_as_they_were() -> None:
     proto = network()
-    feeds, ready, model = quantized(proto, float_nodes=["first", "bend", "second"])
+    _, ready, model = quantized(proto, float_nodes=["first", "bend", "second"])
     old = {tensor.name: tensor for tensor in ready.graph.initializer}
     kept = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in old}
     assert {"w1", "b1"} <= set(kept)
@@ -111,7 +111,7 @@ def test_the_beginning_of_a_model_ends_where_pictures_shrink() -> None:
 
 def test_a_quantised_model_is_refused_with_the_way_that_works() -> None:
     _, _, model = quantized(network())
-    with pytest.raises(LowRankError, match="quantised already .* give the float model"):
+    with pytest.raises(LowRankError, match=r"quantised already .* give the float model"):
         check_unquantized(model)
     check_unquantized(load(network()))
 

@@ -1,0 +1,49 @@
+"""ONNX Runtime: providers, sessions, times, and its tools for mobile targets. The only importer of onnxruntime."""
+
+from onnx_lowrank.runtime.apart import probe_apart
+from onnx_lowrank.runtime.machine import block_size, give_back_memory, processor
+from onnx_lowrank.runtime.mobile import OpList, Partitions, check_partitions, convert_to_ort, simplify
+from onnx_lowrank.runtime.providers import (
+    CPU,
+    available_providers,
+    installed_plugins,
+    known_providers,
+    named,
+    needs,
+    simulated,
+    version,
+)
+from onnx_lowrank.runtime.session import OPTIMIZED, WEIGHTS, Feeds, RunSettings, Session, probe, tensor_shapes
+from onnx_lowrank.runtime.timing import Profile, Timing, profile_nodes, time_pair, typical
+
+__all__ = [
+    "CPU",
+    "OPTIMIZED",
+    "WEIGHTS",
+    "Feeds",
+    "OpList",
+    "Partitions",
+    "Profile",
+    "RunSettings",
+    "Session",
+    "Timing",
+    "available_providers",
+    "block_size",
+    "check_partitions",
+    "convert_to_ort",
+    "give_back_memory",
+    "installed_plugins",
+    "known_providers",
+    "named",
+    "needs",
+    "probe",
+    "probe_apart",
+    "processor",
+    "profile_nodes",
+    "simplify",
+    "simulated",
+    "tensor_shapes",
+    "time_pair",
+    "typical",
+    "version",
+]

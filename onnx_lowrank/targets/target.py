@@ -1,0 +1,63 @@
+"""What a result is to run on, as data: formats that it takes, the width of its kernels, and how its parts are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from onnx_lowrank.runtime import OpList
+from onnx_lowrank.types import Chain, ConvSpec, Layer
+
+ANY = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place that models run on.
+
+    Parameters
+    ----------
+    name
+        What ``--target`` calls it.
+    provider
+        The execution provider that runs models there.
+    spatial
+        Numbers of spatial axes with which it takes Conv, ConvTranspose, and products (always 0); an operator that is not
+        here it does not take.
+    block
+        Channels to which ranks are aligned; None takes those of this machine's kernels.
+    ops
+        The operators that it takes, where its parts can be told without it.
+    compiled
+        Whether it compiles the parts that it takes, so that a border between two costs a copy.
+    without
+        What can be checked without the device, in words.
+    """
+
+    name: str
+    provider: str
+    spatial: Mapping[str, tuple[int, ...]] = field(
+        default_factory=lambda: {"Conv": ANY, "ConvTranspose": ANY, "Gemm": ANY, "MatMul": ANY}
+    )
+    block: int | None = None
+    ops: OpList | None = None
+    compiled: bool = False
+    without: str = ""
+
+    def refuses(self, layer: Layer, chain: Chain) -> str | None:
+        """Why a chain in the place of a layer would leave what the target takes; None where it does not."""
+        for stage in chain:
+            op_type = operator_of(layer, stage.spec)
+            if op_type not in self.spatial:
+                return f"{self.name} has no {op_type}"
+            if stage.spec.ndim not in self.spatial[op_type]:
+                taken = " and ".join(f"{n}-D" for n in self.spatial[op_type])
+                return f"{self.name} takes {op_type} in {taken} only: this one is {stage.spec.ndim}-D"
+        return None
+
+
+def operator_of(layer: Layer, spec: ConvSpec) -> str:
+    """The operator that a stage is written as."""
+    if not spec.ndim:
+        return layer.op_type
+    return "ConvTranspose" if spec.transposed else "Conv"
