@@ -157,11 +157,11 @@ def test_a_list_that_claims_more_than_it_holds_is_refused_before_shapes_are_infe
         lr.inspect(model)
 
 
-@pytest.mark.parametrize("operator", ["Squeeze (x)", "Mul (x, x)", "Cast <to=7> (x)", "Gather (x, i)"])
+@pytest.mark.parametrize("operator", ["Squeeze (x)", "Mul (x, x)", "Cast <to=7> (x)"])
 def test_shapes_of_long_lists_are_inferred_in_little_memory(operator: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
     before = peak_memory("VmHWM")
-    text = f"g (float[{1 << 24}] x) => (y) {{ i = Constant <value_ints = [0]> () y = {operator} h = Relu (x) }}"
+    text = f"g (float[{1 << 24}] x) => (y) {{ y = {operator} h = Relu (x) }}"
     assert infer(load(parse(text)), {"x": (1 << 24,)})["h"] == (1 << 24,)
     assert peak_memory("VmHWM") - before < 1 << 28
 
