@@ -186,9 +186,9 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
         broken = True
     if broken:
         return _mutate_bytes(data, rng)
-    for _ in range(rng.choice((1, 1, 1, 2, 2, 4))):
-        _mutate_field(model, rng)
     try:
+        for _ in range(rng.choice((1, 1, 1, 2, 2, 4))):
+            _mutate_field(model, rng)
         return model.SerializeToString()
     except ValueError:  # a text that is no UTF-8 came in with the bytes
         return _mutate_bytes(data, rng)
