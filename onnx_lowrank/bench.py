@@ -36,6 +36,7 @@ from onnx_lowrank.verify import (
     Outputs,
     check_accuracy,
     check_latency,
+    check_outputs,
     find_metric,
     first_feeds,
 )
@@ -96,7 +97,7 @@ class Bench:
         self._latencies: dict[Path, Latency] = {}
         self._held: tuple[list[Batch], list[Outputs]] | None = None
         # what ONNX Runtime cannot load or run is told before the work; this session goes again, for its memory
-        Session(self._path, self._settings).run(subject.feeds())
+        check_outputs(Session(self._path, self._settings).run(subject.feeds()))
         self._objection = check_model(self._path)
         files = {given, *_data_files(subject.model)} if given else self._path.parent.iterdir()
         self.original = Size(subject.cost.macs, subject.cost.params, _bytes(files))

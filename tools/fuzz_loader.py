@@ -165,11 +165,13 @@ TEXT_MODELS = {
 def _parsed(text: str) -> onnx.ModelProto:
     model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17, "my" : 1]>\n{text}')
     rng = np.random.default_rng(0)
-    for tensor in model.graph.initializer:
-        if not (tensor.float_data or tensor.int64_data or tensor.int32_data):
-            dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            value = (3 * rng.standard_normal(tuple(tensor.dims))).astype(dtype)
-            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    for info in model.graph.value_info:  # what the text declares without a value
+        kind = info.type.tensor_type
+        shape, dtype = [d.dim_value for d in kind.shape.dim], helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        model.graph.initializer.append(
+            numpy_helper.from_array((3 * rng.standard_normal(shape)).astype(dtype), info.name)
+        )
+    del model.graph.value_info[:]
     return model
 
 

@@ -97,8 +97,9 @@ class Constants:
         def read() -> np.ndarray:
             inputs = first.read(), [v.read() if v else None for v in rest]
             try:
-                return _FOLLOWED[node.op_type](*inputs, attributes(node))
-            except (ValueError, IndexError, KeyError, TypeError) as error:
+                with np.errstate(all="ignore"):  # a cast may overflow: who uses the value looks at it
+                    return _FOLLOWED[node.op_type](*inputs, attributes(node))
+            except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
                 raise LowRankError(
                     f"{node.op_type} cannot make '{node.output[0]}' from a stored tensor: {error}"
                 ) from error
@@ -196,7 +197,7 @@ def read_tensor(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
             return np.frombuffer(raw, dtype_of(tensor).newbyteorder("<")).reshape(tuple(tensor.dims))
         whole = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=raw)
         return numpy_helper.to_array(whole)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise LowRankError(f"tensor '{tensor.name}' is damaged ({one_line(error)}): export the model again") from error
 
 
@@ -259,7 +260,7 @@ def _densify(sparse: onnx.SparseTensorProto, folder: Path) -> np.ndarray:
             dense.reshape(-1)[indices] = values
         else:
             dense[tuple(indices.T)] = values
-    except (ValueError, IndexError, TypeError) as error:
+    except (ValueError, IndexError, TypeError, OverflowError) as error:
         raise LowRankError(f"sparse tensor '{name}' is damaged ({one_line(error)}): export the model again") from error
     return dense
 

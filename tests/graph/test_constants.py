@@ -613,6 +613,19 @@ def test_a_damaged_sparse_tensor_is_one_line_that_names_it(field: str, change: T
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("number", [1 << 40, -(1 << 40), 1 << 62])
+def test_axes_beyond_all_axes_are_an_error_that_names_the_operator(number: int) -> None:
+    text = "g (float[3,5] x) => (float[m,n] y) { u = Unsqueeze (w, a) y = MatMul (x, u) }"
+    with pytest.raises(LowRankError, match="Unsqueeze cannot make 'u' from a stored tensor"):
+        find(parse(text, w=MATRIX, a=np.array([number], np.int64)))
+
+
+def test_a_cast_that_overflows_is_a_kernel_that_is_not_finite() -> None:
+    text = "g (float16[3,5] x) => (float16[m,n] y) { c = Cast <to = 10> (w) y = MatMul (x, c) }"
+    with pytest.raises(LowRankError, match="weight 'c' holds NaN or infinity"):
+        find(parse(text, w=MATRIX * np.float32(1e30)))
+
+
 def test_data_that_do_not_fill_their_shape_are_damaged_also_where_several_are_packed_in_a_byte() -> None:
     tensor = TensorProto(name="w", data_type=TensorProto.INT4, dims=[4, 4], raw_data=b"\x11" * 9)
     with pytest.raises(LowRankError, match=r"tensor 'w' is damaged \(9 bytes for a shape of \[4, 4\], which has 8\)"):
