@@ -221,7 +221,9 @@ def _messages(message: Message) -> Iterator[Message]:
 
 
 def _repeated(field: FieldDescriptor) -> bool:
-    return bool(field.is_repeated)
+    if hasattr(field, "is_repeated"):  # from protobuf 6.31, where the other warns
+        return bool(field.is_repeated)
+    return bool(field.label == FieldDescriptor.LABEL_REPEATED)
 
 
 def _mutate_field(model: onnx.ModelProto, rng: random.Random) -> None:
