@@ -18,7 +18,9 @@ import onnx_lowrank as lr
 from onnx_lowrank.decompositions import DECOMPOSITIONS, is_joint
 from tests.helpers import Feeds, decompose, full, half, ones, run
 
-METHODS = tuple(name for name in DECOMPOSITIONS if not is_joint(name))
+METHODS = (*(name for name in DECOMPOSITIONS if not is_joint(name)), *4 * ("svd",))
+"""What is drawn: products have one method, convolutions share seven."""
+
 KEPT_AS = ("initializer", "Constant", "Identity", "Transpose", "Reshape", "Cast", "Unsqueeze", "Squeeze")
 TOLERANCE = {"float32": 2e-4, "float64": 1e-10}
 """Of chains of a few layers, relative to the largest output."""
