@@ -39,6 +39,7 @@ from onnx_lowrank.verify import (
     Outputs,
     check_accuracy,
     check_latency,
+    check_outputs,
     find_metric,
     first_feeds,
 )
@@ -111,7 +112,7 @@ class Bench:
         # what ONNX Runtime cannot load or run is told before the work; this session goes again, for its memory
         self._batch = config.batch_size if config.accelerated else 1
         first = Session(self._path, self._settings)
-        first.run(subject.feeds(self._batch))
+        check_outputs(first.run(subject.feeds(self._batch)))
         if config.needs_latency:
             first.check_times()
         del first

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.ERROR, format="%(message)s")
         return int(arguments.command(arguments))
     except LowRankError as error:
-        errors.print("onnx-lowrank:", " ".join(str(error).splitlines()), markup=False)
+        errors.print("onnx-lowrank:", str(error), markup=False)
         return BAD_INPUT
     except KeyboardInterrupt:
         errors.print("onnx-lowrank: interrupted; nothing was written", markup=False)

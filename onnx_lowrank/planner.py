@@ -375,6 +375,7 @@ class Planner:
             except OutOfReach as error:
                 refused = error
                 continue
+            logger.info("table %d: latency %.3f, damage %.4g", number, plan.ratio("latency"), worth(plan))
             made.append((worth(plan), number, plan))
         if not made:
             raise refused

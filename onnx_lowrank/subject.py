@@ -13,6 +13,7 @@ from onnx_lowrank.candidates import Group, group_layers
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import Dataset, open_data
 from onnx_lowrank.graph.find import Found, find_layers, model_cost, sized_tensors
+from onnx_lowrank.graph.limits import check_shapes
 from onnx_lowrank.graph.model import Model, load, serialize
 from onnx_lowrank.graph.sections import Section, sections
 from onnx_lowrank.graph.shapes import Shapes, infer, model_inputs, sample_shapes, with_outputs
@@ -179,9 +180,15 @@ def _shapes_of_data(inputs: tuple[InputSpec, ...], config: Config) -> Mapping[st
     return {}
 
 
+RANDOM_BYTES = 8
+"""Of a number on its way into a random feed."""
+
+
 def shapes_of(model: Model, inputs: tuple[InputSpec, ...], sizes: Shapes) -> Shapes:
     """Shapes by inference, and where that stops short, by running one sample."""
+    check_shapes(sizes, RANDOM_BYTES)
     shapes = infer(model, sizes)
+    check_shapes(shapes)
     missing = [name for name in sized_tensors(model) if name not in shapes]
     if missing:
         feeds = random_feeds((spec.name, sizes[spec.name], spec.dtype) for spec in inputs)

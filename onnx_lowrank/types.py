@@ -22,7 +22,21 @@ Metric = str
 
 
 class LowRankError(ValueError):
-    """Something given cannot be used. The message says what was given, what was expected and what to do."""
+    """Something given cannot be used. The message says what was given, what was expected and what to do, in one line."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """`text` with a space for what would move a terminal's cursor or worse: names come from models of others.
+
+    Examples
+    --------
+    >>> printable("a" + chr(27) + "[2Jb" + chr(10) + "c")
+    'a [2Jb c'
+    """
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 Member = TypeVar("Member")

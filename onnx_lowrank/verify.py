@@ -289,12 +289,29 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.atleast_1d(part) for part in parts])
 
 
+def check_outputs(outputs: Sequence[object]) -> None:
+    """See that what a model returns can be compared.
+
+    Raises
+    ------
+    LowRankError
+        Where it returns something that is no tensor.
+    """
+    for index, value in enumerate(outputs):
+        if not isinstance(value, np.ndarray):
+            raise LowRankError(
+                f"output {index} is a sequence, a map or nothing: only models whose outputs are tensors can be compared; "
+                f"take it out of the outputs"
+            )
+
+
 def _check_shapes(reference: Outputs, outputs: Outputs) -> None:
     for index, (first, second) in enumerate(zip(reference, outputs, strict=True)):
         if first.shape != second.shape:
             raise LowRankError(
                 f"output {index} has shape {list(first.shape)} from the original and {list(second.shape)} from the "
-                f"other: two versions of one model were expected"
+                f"other: two versions of one model were expected, whose sizes do not follow from values (NonZero, "
+                f"NonMaxSuppression); take such outputs out"
             )
 
 

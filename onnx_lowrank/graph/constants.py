@@ -6,16 +6,21 @@ import math
 import os
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+from onnx.external_data_helper import uses_external_data
 
-from onnx_lowrank.graph.model import Model, attributes, readers
+from onnx_lowrank.graph.limits import PACKED, check_fits, dtype_of, one_line, stored_bytes
+from onnx_lowrank.graph.model import Model, attributes, external_file, readers
 from onnx_lowrank.types import LowRankError
+
+MOST_STEPS = 128
+"""Operators that a constant may be derived by: a model could spend any time and depth on them."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,18 @@ class Constant:
         True where the root is also an input of the model, so that a user may feed another value.
     quantized
         True where a QuantizeLinear or DequantizeLinear lies on the way: `read` then reads what comes before it.
+    source
+        Name of the constant that it is another form of, where it is one.
+    steps
+        Operators that `read` computes.
     """
 
     root: str
     read: Callable[[], np.ndarray]
     overridable: bool = False
     quantized: bool = False
+    source: str = ""
+    steps: int = 0
 
 
 class Constants:
@@ -45,69 +56,77 @@ class Constants:
 
     def __init__(self, model: Model) -> None:
         self._folder = model.folder
-        self._stored = {t.name: t for t in model.graph.initializer}
-        self._sparse = {t.values.name: t for t in model.graph.sparse_initializer}
-        self._producers = {out: node for node in model.graph.node for out in node.output if out}
-        listed = {i.name for i in model.graph.input} & set(self._stored)
-        self._overridable = set() if lists_all(model) else listed
+        listed = {i.name for i in model.graph.input}
+        overridable = set() if lists_all(model) else listed
+        self._known: dict[str, Constant] = {}
+        for tensor in model.graph.initializer:
+            self._known[tensor.name] = Constant(
+                tensor.name, partial(read_tensor, tensor, self._folder), tensor.name in overridable
+            )
+        for sparse in model.graph.sparse_initializer:
+            name = sparse.values.name
+            self._known.setdefault(name, Constant(name, partial(_densify, sparse, self._folder)))
+        # what a node reads is made before it, so that neither a circle nor a long chain leads anywhere
+        for node in model.graph.node:
+            made = self._made_by(node) if node.domain in ("", "ai.onnx") and any(node.output[:1]) else None
+            if made is not None:
+                self._known.setdefault(node.output[0], made)
 
     def find(self, name: str) -> Constant | None:
         """The constant called `name`; None where it depends on an input or on an operator not followed here."""
-        if name in self._stored:
-            tensor = self._stored[name]
-            return Constant(name, lambda: read_tensor(tensor, self._folder), name in self._overridable)
-        if name in self._sparse:
-            sparse = self._sparse[name]
-            return Constant(name, lambda: _densify(sparse, self._folder))
-        node = self._producers.get(name)
-        if node is None or node.domain not in ("", "ai.onnx"):
-            return None
+        return self._known.get(name)
+
+    def _made_by(self, node: onnx.NodeProto) -> Constant | None:
         if node.op_type == "Constant":
             return self._constant_node(node)
         if not node.input:
             return None
+        first = self.find(node.input[0])
+        if first is None:
+            return None
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            inner = self.find(node.input[0])
-            return inner and Constant(inner.root, inner.read, inner.overridable, quantized=True)
+            return Constant(first.root, first.read, first.overridable, quantized=True, steps=first.steps)
         if node.op_type not in _FOLLOWED:
             return None
-        values = [self.find(i) if i else None for i in node.input]
-        if values[0] is None or any(v is None for v, i in zip(values, node.input, strict=True) if i):
+        rest = [self.find(i) if i else None for i in node.input[1:]]
+        values = [first, *(v for v in rest if v)]
+        steps = 1 + sum(v.steps for v in values)
+        if steps > MOST_STEPS or any(v is None for v, i in zip(rest, node.input[1:], strict=True) if i):
             return None
-        first, rest = values[0], values[1:]
 
         def read() -> np.ndarray:
             inputs = first.read(), [v.read() if v else None for v in rest]
             try:
-                return _FOLLOWED[node.op_type](*inputs, attributes(node))
-            except (ValueError, IndexError, KeyError, TypeError) as error:
-                raise LowRankError(f"{node.op_type} cannot make '{name}' from a stored tensor: {error}") from error
+                with np.errstate(all="ignore"):  # a cast may overflow: who uses the value looks at it
+                    return _FOLLOWED[node.op_type](*inputs, attributes(node))
+            except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+                raise LowRankError(
+                    f"{node.op_type} cannot make '{node.output[0]}' from a stored tensor: {error}"
+                ) from error
 
-        return Constant(
-            first.root, read, any(v.overridable for v in values if v), any(v.quantized for v in values if v)
-        )
+        overridable, quantized = any(v.overridable for v in values), any(v.quantized for v in values)
+        return Constant(first.root, read, overridable, quantized, node.input[0], steps)
 
     def _constant_node(self, node: onnx.NodeProto) -> Constant | None:
         attribute = next(iter(node.attribute), onnx.AttributeProto())
-        if attribute.type == onnx.AttributeProto.UNDEFINED:
+        if attribute.type == onnx.AttributeProto.UNDEFINED or attribute.ref_attr_name:
             return None
-        value = onnx.helper.get_attribute_value(attribute)
+        name, value = node.output[0], onnx.helper.get_attribute_value(attribute)
         if attribute.type == onnx.AttributeProto.TENSOR:
-            return Constant(node.output[0], lambda: read_tensor(value, self._folder))
+            return Constant(name, partial(read_tensor, value, self._folder))
         if attribute.type == onnx.AttributeProto.SPARSE_TENSOR:
-            return Constant(node.output[0], lambda: _densify(value, self._folder))
+            return Constant(name, partial(_densify, value, self._folder))
         if attribute.type in (onnx.AttributeProto.FLOATS, onnx.AttributeProto.FLOAT):
-            return Constant(node.output[0], lambda: np.array(value, dtype=np.float32))
+            return Constant(name, partial(np.array, value, dtype=np.float32))
         if attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.INT):
-            return Constant(node.output[0], lambda: np.array(value, dtype=np.int64))
+            return Constant(name, partial(np.array, value, dtype=np.int64))
         return None
 
     def chain(self, name: str) -> list[str]:
         """Names of the tensors from `name` back to its root."""
         names = [name]
-        while name not in self._stored and (node := self._producers.get(name)) and node.op_type in _FOLLOWED:
-            name = node.input[0]
-            names.append(name)
+        while (constant := self.find(names[-1])) and constant.source:
+            names.append(constant.source)
         return names
 
 
@@ -158,31 +177,6 @@ def _remove(items: MutableSequence[Any], which: Sequence[bool]) -> None:
             del items[position]
 
 
-def stored_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor as raw data, from its shape and type: reading the data would copy it.
-
-    Raises
-    ------
-    LowRankError
-        Where its type is none.
-    """
-    try:
-        bits = _BITS.get(onnx.TensorProto.DataType.Name(tensor.data_type)) or 8 * _dtype(tensor).itemsize
-    except (ValueError, KeyError) as error:
-        raise LowRankError(
-            f"tensor '{tensor.name}' is damaged (no type {tensor.data_type}): export it again"
-        ) from error
-    return -(-math.prod(tensor.dims) * bits // 8)
-
-
-def _dtype(tensor: onnx.TensorProto) -> np.dtype:
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-
-
-_BITS = {"UINT2": 2, "INT2": 2, "UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
-"""Types that are packed, by name: not every version of onnx has them all."""
-
-
 def read_tensor(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
     """Value of a stored tensor; one of external data is read from its place in its file.
 
@@ -192,16 +186,19 @@ def read_tensor(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
         Where its data are damaged, or its external file is missing, too short, or outside the model's folder.
     """
     external = uses_external_data(tensor)
+    size = stored_bytes(tensor)
     raw = read_external(tensor, folder) if external else b""
     try:
         if not external:
+            if tensor.HasField("raw_data") and len(tensor.raw_data) != size:
+                raise ValueError(f"{len(tensor.raw_data)} bytes for a shape of {list(tensor.dims)}, which has {size}")
             return numpy_helper.to_array(tensor)
-        if onnx.TensorProto.DataType.Name(tensor.data_type) not in _BITS:
-            return np.frombuffer(raw, _dtype(tensor).newbyteorder("<")).reshape(tuple(tensor.dims))
+        if onnx.TensorProto.DataType.Name(tensor.data_type) not in PACKED:
+            return np.frombuffer(raw, dtype_of(tensor).newbyteorder("<")).reshape(tuple(tensor.dims))
         whole = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=raw)
         return numpy_helper.to_array(whole)
-    except (ValueError, TypeError, KeyError) as error:
-        raise LowRankError(f"tensor '{tensor.name}' is damaged ({error}): export the model again") from error
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise LowRankError(f"tensor '{tensor.name}' is damaged ({one_line(error)}): export the model again") from error
 
 
 def read_external(tensor: onnx.TensorProto, folder: Path) -> bytes:
@@ -216,13 +213,13 @@ def read_external(tensor: onnx.TensorProto, folder: Path) -> bytes:
     size = stored_bytes(tensor)
     try:
         with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size - offset < size:  # before memory is taken for what it claims
+                raise LowRankError(f"{path} ends before tensor '{tensor.name}' does: was its copy interrupted?")
+            check_fits(f"tensor '{tensor.name}'", size, "the model is damaged, or needs a larger machine")
             file.seek(offset)
-            data = file.read(size)
+            return file.read(size)
     except OSError as error:
         raise LowRankError(f"{path}, which holds tensor '{tensor.name}', cannot be read ({error.strerror})") from error
-    if len(data) < size:
-        raise LowRankError(f"{path} ends before tensor '{tensor.name}' does: was its copy interrupted?")
-    return data
 
 
 def external_place(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int]:
@@ -233,29 +230,38 @@ def external_place(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int]:
     LowRankError
         Where the file is not a regular file inside `folder`: a model must not read elsewhere.
     """
+    said = {entry.key: entry.value for entry in tensor.external_data}
+    path = external_file(tensor.name, said.get("location", ""), folder)
     try:
-        info = ExternalDataInfo(tensor)
+        offset = int(said.get("offset") or 0)
     except ValueError as error:
         raise LowRankError(f"tensor '{tensor.name}' is damaged ({error}): export the model again") from error
-    root = folder.resolve()
-    path = Path(os.path.realpath(root / info.location))
-    if not path.is_relative_to(root):
-        raise LowRankError(
-            f"tensor '{tensor.name}' is stored in {info.location}, which leads outside the model's folder: refused; "
-            f"copy the model and its data into one folder"
-        )
+    if offset < 0:
+        raise LowRankError(f"tensor '{tensor.name}' is damaged (its offset is {offset}): export the model again")
     if not path.is_file():
         raise LowRankError(f"tensor '{tensor.name}' is stored in {path}, which is not there: copy it beside the model")
-    return path, info.offset or 0
+    return path, offset
 
 
 def _densify(sparse: onnx.SparseTensorProto, folder: Path) -> np.ndarray:
+    """The whole of a sparse tensor.
+
+    Raises
+    ------
+    LowRankError
+        Where it is larger than this machine's memory, or its values have no place in it.
+    """
+    name, shape = sparse.values.name, tuple(sparse.dims)
     values, indices = read_tensor(sparse.values, folder), read_tensor(sparse.indices, folder)
-    dense = np.zeros(tuple(sparse.dims), dtype=values.dtype)
-    if indices.ndim == 1:
-        dense.reshape(-1)[indices] = values
-    else:
-        dense[tuple(indices.T)] = values
+    check_fits(f"sparse tensor '{name}'", abs(math.prod(shape)) * values.itemsize, "the model is damaged")
+    try:
+        dense = np.zeros(shape, dtype=values.dtype)
+        if indices.ndim == 1:
+            dense.reshape(-1)[indices] = values
+        else:
+            dense[tuple(indices.T)] = values
+    except (ValueError, IndexError, TypeError, OverflowError) as error:
+        raise LowRankError(f"sparse tensor '{name}' is damaged ({one_line(error)}): export the model again") from error
     return dense
 
 

@@ -19,6 +19,8 @@ SUPPORTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 """Dtypes of kernels that are decomposed."""
 
+AUTO_PADS = ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER")
+
 OTHERS = {
     "QLinearConv": "its kernel is quantised: decompose the float model, then quantise",
     "ConvInteger": "its kernel is quantised: decompose the float model, then quantise",
@@ -186,11 +188,13 @@ def _conv(node: onnx.NodeProto, name: str, side: int, constants: Constants, shap
     strides, pads, dilations, output_padding = (
         tuple(attrs[key].ints) if key in attrs else () for key in ("strides", "pads", "dilations", "output_padding")
     )
-    auto_pad = attrs["auto_pad"].s.decode() if "auto_pad" in attrs else "NOTSET"
+    auto_pad = attrs["auto_pad"].s.decode(errors="replace") if "auto_pad" in attrs else "NOTSET"
     group = attrs["group"].i if "group" in attrs else 1
     transposed = node.op_type == "ConvTranspose"
     lengths = {len(values) for values in (strides, dilations, output_padding)} | {len(pads) / 2}
-    if not lengths <= {0, weight.ndim - 2} or group < 1 or weight.shape[0] % group or 0 in (*strides, *dilations):
+    fits = lengths <= {0, weight.ndim - 2} and group >= 1 and not weight.shape[0] % group and auto_pad in AUTO_PADS
+    kernel = tuple(attrs["kernel_shape"].ints) if "kernel_shape" in attrs else weight.shape[2:]
+    if not fits or kernel != weight.shape[2:] or min((*strides, *dilations), default=1) < 1:
         raise _Refusal("its attributes do not fit its kernel: the model is damaged")
     spec = ConvSpec(weight.shape, strides, pads, dilations, group, auto_pad, transposed, output_padding)
     batch, _, *size = _shape(shapes, node.input[0], weight.ndim)

@@ -12,6 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from onnx_lowrank.graph.limits import check_claim
 from onnx_lowrank.types import LowRankError
 
 MAX_PROTO_BYTES = (1 << 31) - 1
@@ -90,12 +91,20 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     path = Path(source)
     if path.is_dir():
         raise LowRankError(f"{path} is a folder: the path of an .onnx file was expected")
+    if path.exists() and not path.is_file():
+        raise LowRankError(f"{path} is a device or a pipe: the path of an .onnx file was expected")
     try:
-        data = path.read_bytes()
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= MAX_PROTO_BYTES else b""
     except OSError as error:
         raise LowRankError(
             f"{path} cannot be read ({error.strerror}): the path of an .onnx file was expected"
         ) from error
+    if size > MAX_PROTO_BYTES:
+        raise LowRankError(
+            f"{path} has {size / 1e9:.0f} GB, and an ONNX file no more than 2: its tensors belong into a file beside it "
+            f"(external data)"
+        )
     if not data:
         raise LowRankError(f"{path} is empty: an ONNX model was expected; was the download or the export interrupted?")
     proto = onnx.ModelProto()
@@ -120,8 +129,33 @@ def _checked(proto: onnx.ModelProto, folder: Path, path: Path | None) -> Model:
         )
     if any(isinstance(text, bytes) for text in _texts(proto)):
         raise LowRankError(f"{path or 'the model given'} is damaged: a name in it is not UTF-8 text; export it again")
-    places = {entry.value for t in stored_tensors(proto) for entry in t.external_data if entry.key == "location"}
-    return Model(proto, folder, path, frozenset(Path(os.path.realpath(folder / place)) for place in places))
+    files = set()
+    for tensor in stored_tensors(proto):
+        check_claim(tensor)
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                files.add(external_file(tensor.name, entry.value, folder))
+    return Model(proto, folder, path, frozenset(files))
+
+
+def external_file(tensor: str, location: str, folder: Path) -> Path:
+    """The file of a tensor's external data, whether or not it is there.
+
+    Raises
+    ------
+    LowRankError
+        Where that is not inside `folder`, links followed: a model must not read elsewhere.
+    """
+    try:
+        root, path = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / location))
+    except ValueError as error:  # a zero byte
+        raise LowRankError(f"tensor '{tensor}' is damaged ({error}): export the model again") from error
+    if not path.is_relative_to(root):
+        raise LowRankError(
+            f"tensor '{tensor}' is stored in {location}, which leads outside the model's folder: refused; "
+            f"copy the model and its data into one folder"
+        )
+    return path
 
 
 def _texts(proto: onnx.ModelProto) -> Iterator[object]:

@@ -16,6 +16,9 @@ Shapes = dict[str, tuple[int, ...]]
 SMALL = 4096
 """Constants of up to this many elements keep their values: the targets of Reshape and their like."""
 
+LONGEST_LIST = 1 << 20
+"""Longest tensor of one axis with which computed shapes are inferred: it takes 100 bytes and more for each element."""
+
 ASSUMED_PICTURE, ASSUMED_LENGTH = 224, 128
 """Taken for an unknown height or width, and for any other unknown size, where the user says nothing."""
 
@@ -120,12 +123,22 @@ def infer(model: Model, inputs: Shapes) -> Shapes:
         functions=model.proto.functions,
         graph=graph,
     )
-    try:
-        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-    except Exception:  # the C++ side raises a type of its own for an operator it does not know
-        inferred = graph
     shapes: Shapes = {name: tuple(t.dims) for name, t in (stored | sparse).items()} | dict(inputs)
-    for value in [*inferred.value_info, *inferred.output]:
+    shapes |= _inferred(bare, values=False)
+    # values of lists are followed number by number, and any tensor of one axis counts as a list
+    if all(len(shape) != 1 or shape[0] <= LONGEST_LIST for shape in shapes.values()):
+        shapes |= _inferred(bare, values=True)
+    return shapes
+
+
+def _inferred(model: onnx.ModelProto, *, values: bool) -> Shapes:
+    """Shapes that inference can tell; with `values` also where the numbers in a shape are computed."""
+    try:
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=values).graph
+    except Exception:  # the C++ side raises a type of its own for an operator it does not know
+        return {}
+    shapes: Shapes = {}
+    for value in [*graph.value_info, *graph.output]:
         dims = value.type.tensor_type.shape.dim
         if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
             shapes[value.name] = tuple(d.dim_value for d in dims)

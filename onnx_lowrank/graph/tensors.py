@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
-from onnx import numpy_helper
 
+from onnx_lowrank.graph.constants import read_tensor
 from onnx_lowrank.types import LowRankError
 
 
@@ -37,10 +37,10 @@ def read_tensor_file(path: str | PathLike[str]) -> np.ndarray:
         # Any few bytes can parse as an empty message: only a data type makes it a tensor.
         if tensor.data_type == onnx.TensorProto.UNDEFINED:
             raise ValueError("it has no data type")
-        return numpy_helper.to_array(tensor, base_dir=str(path.parent))
+        return read_tensor(tensor, path.parent)
     except FileNotFoundError as error:
         raise LowRankError(f"{path}: no such tensor file ({error})") from error
-    except (DecodeError, OSError, ValueError, TypeError, KeyError, onnx.checker.ValidationError) as error:
+    except (DecodeError, OSError, ValueError) as error:
         raise LowRankError(
             f"{path}: not an ONNX tensor, a serialised TensorProto was expected ({error}); "
             f"write it again with onnx.save_tensor"

@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from rich.markup import escape
+from rich import markup
 from rich.table import Table
 
 from onnx_lowrank.candidates import show_rank
 from onnx_lowrank.pipeline import Inspection, Verification
 from onnx_lowrank.report.data import Report, Size, TargetResult
 from onnx_lowrank.runtime import simulated
-from onnx_lowrank.types import Skip
+from onnx_lowrank.types import Skip, printable
 from onnx_lowrank.verify import Accuracy, Latency
 
 Renderable = Table | str
 
 SHOWN_SKIPS = 12
 """Reasons printed before the rest is counted; the JSON report has all."""
+
+
+def escape(text: str) -> str:
+    """What comes from a model, as itself: no markup and nothing that a terminal obeys."""
+    return markup.escape(printable(text))
 
 
 def render_report(report: Report) -> Iterator[Renderable]:

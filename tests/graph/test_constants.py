@@ -12,8 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lowrank.candidates import group_layers
-from onnx_lowrank.graph.constants import Constants, drop_unread, read_external, read_tensor, stored_bytes
-from onnx_lowrank.graph.find import model_cost
+from onnx_lowrank.graph.constants import MOST_STEPS, Constants, drop_unread, read_external, read_tensor, stored_bytes
+from onnx_lowrank.graph.find import find_layers, model_cost
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.shapes import infer, model_inputs, sample_shapes
 from onnx_lowrank.types import LowRankError
@@ -541,3 +541,100 @@ def test_external_data_of_every_width_are_read_as_they_are_inside_a_model(tmp_pa
     read = read_tensor(tensor, tmp_path)
     assert read.dtype == value.dtype
     np.testing.assert_array_equal(read, value)
+
+
+# --- what no exporter writes -----------------------------------------------------------------------------------------
+
+
+def derived(body: str) -> onnx.ModelProto:
+    return parse(f"g (float[3,5] x) => (float[m,n] y) {{ {body} }}", w=MATRIX, s=np.array([5, 4], np.int64))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("a = Identity (b) b = Identity (a) y = MatMul (x, a)", id="a circle"),
+        pytest.param("r = Reshape (r, r) y = MatMul (x, r)", id="of itself"),
+        pytest.param("a = Identity (w) a = Identity (a) a = Identity (a) y = MatMul (x, a)", id="made anew"),
+        pytest.param(
+            "v0 = Identity (w)"
+            + "".join(f" v{i + 1} = Identity (v{i})" for i in range(5000))
+            + " y = MatMul (x, v5000)",
+            id="a long chain",
+        ),
+        pytest.param(
+            "v0 = Reshape (w, s)"
+            + "".join(f" v{i + 1} = Reshape (v{i}, v{i})" for i in range(90))
+            + " y = MatMul (x, v90)",
+            id="twice as much work at each step",
+        ),
+    ],
+)
+def test_a_kernel_derived_in_a_circle_or_by_endless_work_is_left_alone_at_once(body: str) -> None:
+    model = load(derived(body))
+    found = find_layers(model, {"x": (3, 5)})
+    assert len(found.layers) + len(found.skips) == 1
+    assert len(Constants(model).chain(model.graph.node[-1].input[1])) <= 2
+
+
+@pytest.mark.parametrize(("steps", "layers"), [(MOST_STEPS, 1), (MOST_STEPS + 1, 0)])
+def test_a_kernel_is_followed_over_so_many_operators(steps: int, layers: int) -> None:
+    body = "".join(f"v{i + 1} = Identity (v{i}) " for i in range(steps))
+    model = parse(f"g (float[3,5] x) => (float[m,n] y) {{ {body} y = MatMul (x, v{steps}) }}", v0=MATRIX)
+    assert len(find(model).layers) == layers
+
+
+def test_a_constant_that_refers_to_an_attribute_of_no_function_is_none() -> None:
+    model = derived("k = Constant <value = float[1] {1}> () y = MatMul (x, k)")
+    attribute = model.graph.node[0].attribute[0]
+    attribute.ref_attr_name = "elsewhere"
+    assert Constants(load(model)).find("k") is None
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("indices", numpy_helper.from_array(np.array([0.5, 1.0, 2.0], np.float32), "indices")),
+        ("indices", numpy_helper.from_array(np.array([0, 1, 20], np.int64), "indices")),
+        ("indices", numpy_helper.from_array(np.array([[0, 1, 2]], np.int64), "indices")),
+        ("values", numpy_helper.from_array(np.ones(4, np.float32), "w")),
+    ],
+    ids=["fractions", "outside", "too many axes", "too many values"],
+)
+def test_a_damaged_sparse_tensor_is_one_line_that_names_it(field: str, change: TensorProto) -> None:
+    model = parse("g (float[3,5] x) => (float[m,n] y) { y = MatMul (x, w) }")
+    kernel = np.zeros((5, 4), np.float32)
+    kernel[0, :3] = 1
+    sparse = sparse_of(kernel, "w", linear=True)
+    getattr(sparse, field).CopyFrom(change)
+    model.graph.sparse_initializer.append(sparse)
+    with pytest.raises(LowRankError, match="sparse tensor 'w' is damaged") as caught:
+        find(model)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [1 << 40, -(1 << 40), 1 << 62])
+def test_axes_beyond_all_axes_are_an_error_that_names_the_operator(number: int) -> None:
+    text = "g (float[3,5] x) => (float[m,n] y) { u = Unsqueeze (w, a) y = MatMul (x, u) }"
+    with pytest.raises(LowRankError, match="Unsqueeze cannot make 'u' from a stored tensor"):
+        find(parse(text, w=MATRIX, a=np.array([number], np.int64)))
+
+
+def test_a_cast_that_overflows_is_a_kernel_that_is_not_finite() -> None:
+    text = "g (float16[3,5] x) => (float16[m,n] y) { c = Cast <to = 10> (w) y = MatMul (x, c) }"
+    with pytest.raises(LowRankError, match="weight 'c' holds NaN or infinity"):
+        find(parse(text, w=MATRIX * np.float32(1e30)))
+
+
+def test_data_that_do_not_fill_their_shape_are_damaged_also_where_several_are_packed_in_a_byte() -> None:
+    tensor = TensorProto(name="w", data_type=TensorProto.INT4, dims=[4, 4], raw_data=b"\x11" * 9)
+    with pytest.raises(LowRankError, match=r"tensor 'w' is damaged \(9 bytes for a shape of \[4, 4\], which has 8\)"):
+        read_tensor(tensor, Path())
+
+
+def test_what_else_is_said_of_external_data_is_passed_over_in_silence(elsewhere: Path) -> None:
+    (elsewhere / "w.bin").write_bytes(MATRIX.tobytes())
+    model = one_product()
+    external(model, "w", "w.bin", colour=3)
+    onnx.save(model, elsewhere / "m.onnx")
+    assert len(find(elsewhere / "m.onnx").layers) == 1

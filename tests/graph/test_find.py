@@ -153,11 +153,32 @@ def test_a_kernel_without_spatial_axes_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "attributes", ["strides=[1]", "pads=[1,1]", "dilations=[1,1,1]", "group=0", "group=5", "strides=[0,1]"]
+    "attributes",
+    [
+        "strides=[1]",
+        "pads=[1,1]",
+        "dilations=[1,1,1]",
+        "group=0",
+        "group=5",
+        "strides=[0,1]",
+        "strides=[-1,1]",
+        "dilations=[1,-2]",
+        "kernel_shape=[5,5]",
+        "kernel_shape=[3]",
+        'auto_pad="SAME"',
+        'auto_pad="same_upper"',
+    ],
 )
 def test_attributes_that_do_not_fit_the_kernel_are_left_alone(attributes: str) -> None:
     # without shape inference, which divides by some of these
     found = find_layers(load(conv(attributes)), {"x": (1, 4, 6, 6)})
+    assert [skip.reason for skip in found.skips] == ["its attributes do not fit its kernel: the model is damaged"]
+
+
+def test_padding_that_is_no_text_is_left_alone() -> None:
+    model = conv("group=1")
+    model.graph.node[0].attribute.append(helper.make_attribute("auto_pad", b"\xff\xfe"))
+    found = find_layers(load(model), {"x": (1, 4, 6, 6)})
     assert [skip.reason for skip in found.skips] == ["its attributes do not fit its kernel: the model is damaged"]
 
 
