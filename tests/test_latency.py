@@ -273,6 +273,7 @@ def test_a_plan_is_made_again_until_the_whole_takes_what_was_asked(monkeypatch: 
         """Layers take time in proportion to their MACs; the whole is always a tenth slower than its parts."""
 
         original = replace(made.subject.cost, latency_ms=float(made.subject.cost.macs))
+        rest = float(made.subject.cost.macs - sum(group.dense.cost.macs for group in made.subject.groups))
 
         def priced(self, candidates):
             return [
