@@ -27,6 +27,9 @@ CORRECTIONS = 4
 
 NOTHING_TO_GAIN = "nothing here is worth decomposing: the model is left as it is"
 
+BYTES_OF_INT8 = 0.25
+"""What a parameter takes in eight bits, as a share of what it takes in floating point."""
+
 SLACK = 0.99
 """Taken off a corrected budget, so that the next plan does not miss by a rounding."""
 
@@ -68,7 +71,9 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
     budgets = planner.config.budget
     if planner.hopeless:
         return bench.attempt(planner.dense(NOTHING_TO_GAIN))
-    ratios = {budget.metric: budget.ratio for budget in budgets}
+    ratios = {
+        budget.metric: min(1.0, budget.ratio / _undecomposed(planner.config, budget.metric)) for budget in budgets
+    }
     measured = [metric for metric in ratios if metric in MEASURED]
     best: Attempt | None = None
     for _ in range(CORRECTIONS if measured else 1):
@@ -88,18 +93,25 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
             if counted == result.metric:  # the plan was timed whole, and yet came out otherwise: ask for that much less
                 ratios[counted] *= SLACK * result.asked / result.reached
             else:
-                ratios[result.metric] = _corrected(attempt.plan.ratio(counted), result)
+                ratios[result.metric] = _corrected(
+                    attempt.plan.ratio(counted), result, _undecomposed(planner.config, result.metric)
+                )
     assert best is not None
     return best
 
 
-def _corrected(share: float, result: BudgetResult) -> float:
-    """The share to plan for next: on the line through what `share` reached and the original, whose share and figure are 1.
+def _undecomposed(config: Config, metric: str) -> float:
+    """What a model without a chain is of the original, about: smaller where it is quantised."""
+    return BYTES_OF_INT8 if metric == "size" and config.quantize != "none" else 1.0
+
+
+def _corrected(share: float, result: BudgetResult, whole: float) -> float:
+    """The share to plan for next: on the line through what `share` reached and `whole`, which the share 1 does.
 
     The line meets the axis at the overhead that no plan takes away; where that alone is too much, in proportion.
     """
     asked = SLACK * result.asked
-    line = 1 - (1 - asked) * (1 - share) / (1 - result.reached) if result.reached < 1 else 0.0
+    line = 1 - (whole - asked) * (1 - share) / (whole - result.reached) if result.reached < whole else 0.0
     return line if line > 0 else share * asked / result.reached
 
 

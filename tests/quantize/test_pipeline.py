@@ -81,3 +81,11 @@ def test_latency_is_planned_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> No
     dense = [c for c in plan.choices if c.dense]
     assert plan.ratio("latency") <= 0.9
     assert all(np.isfinite(c.cost.latency_ms) for c in dense)
+
+
+def test_a_budget_on_size_counts_the_bytes_of_the_quantised_model() -> None:
+    options = {"methods": "channel_svd", "include": ("conv4", "block*"), "quantize": "int8", **DATA}
+    result = lr.compress(str(DIGITS), budget={"size": 0.2}, **options)
+    assert result.report.met
+    size = result.report.compressed.size_bytes / result.report.original.size_bytes
+    assert 0.12 < size <= 0.2  # a quarter of the bytes came without any decomposition
