@@ -283,13 +283,14 @@ def test_a_damaged_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         return stored(replace(self, kernels=tuple(tuple(k[::-1] for k in kernels) for kernels in self.kernels)), dtype)
 
     options: dict[str, Any] = {"calibrate": models.DIGITS_CALIBRATE, "evaluate": models.DIGITS_TEST, "jobs": 1}
+    options |= {"include": ("conv4", "fc")}
     whole = lr.compress(models.DIGITS, max_drop=0.02, objective="macs", methods="channel_svd,svd", **options)
     assert whole.met and not whole.report.unchanged
     monkeypatch.setattr(Factorization, "stored", damaged)
     broken = lr.compress(models.DIGITS, max_drop=0.02, objective="macs", methods="channel_svd,svd", **options)
     assert broken.report.unchanged and broken.met
     assert any("no plan lost as little as 0.02" in note for note in broken.report.notes)
-    forced = lr.compress(models.DIGITS, budget={"macs": 0.5}, max_drop=0.02, methods="channel_svd,svd", **options)
+    forced = lr.compress(models.DIGITS, budget={"macs": 0.8}, max_drop=0.02, methods="channel_svd,svd", **options)
     assert not forced.met  # asked for a size as well, so it is there to be looked at: but not as met
     assert forced.report.accuracy.drop > 0.1
 
