@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from onnx_lowrank.graph.find import model_cost
 from onnx_lowrank.graph.model import Model, all_graphs, load
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.planner import Planner
-from onnx_lowrank.quantize import Choice, Measured, choose, measure_ranges, prepared
+from onnx_lowrank.quantize import Choice, choose, measure_ranges, prepared
 from onnx_lowrank.quantize.rounding import rounding_of
 from onnx_lowrank.report.data import Size, TargetResult
 from onnx_lowrank.rewrite import LayerReport
@@ -300,21 +301,23 @@ class Bench:
             assert feeds is not None  # the options say so
             ready = prepared(model, feeds)
             shapes = shapes_of(ready, planner.subject.inputs, planner.subject.sample_shapes)
-            choice = choose(ready, shapes, measure_ranges(ready, feeds), self._quick_look)
+            asked = (b.ratio for b in planner.config.budget if b.metric == "size")
+            most = next(asked, math.inf) * self.original.size_bytes
+            ranges = measure_ranges(ready, feeds)
+            choice = choose(ready, shapes, ranges, planner.apart(), self._share_of_time, most)
         path = self._write(choice.model)
         if objection := check_model(path):
             raise LowRankError(f"the quantised model is not valid, please report this: {objection}")
         size = replace(placed.size, size_bytes=_bytes(path.parent.iterdir()))
         return choice, _Placed(path, size, choice.model)
 
-    def _quick_look(self, model: Model) -> Measured:
-        """Error of the outputs on samples that nothing was fitted to, and time beside the original's."""
+    def _share_of_time(self, model: Model) -> float:
+        """What a model takes, as a share of what the original does."""
         path = self._write(model)
         feeds = self.planner.subject.feeds(self.planner.config.batch_size)
         timing = time_pair(self._session, self._session_of(path), feeds, seconds=QUICK_SECONDS)
-        difference = self._difference(path)
         shutil.rmtree(path.parent)
-        return Measured(difference, 1 / timing.speedup)
+        return 1 / timing.speedup
 
     def model_of(self, attempt: Attempt) -> Model:
         """The model of an attempt, after which nothing more is measured: the sessions make room for it."""

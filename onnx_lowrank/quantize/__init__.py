@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from onnx_lowrank.calibrate import Batch
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
-from onnx_lowrank.graph.model import Model
-from onnx_lowrank.graph.shapes import Shapes, infer
-from onnx_lowrank.quantize.choose import Choice, Measured, beginnings, choose
+from onnx_lowrank.graph.model import Model, serialize
+from onnx_lowrank.graph.shapes import infer, model_inputs, with_outputs
+from onnx_lowrank.graph.simplify import computed_constants, convolve_shortcuts, store_constants
+from onnx_lowrank.quantize.choose import Choice, beginnings, choose
 from onnx_lowrank.quantize.equalize import equalized
 from onnx_lowrank.quantize.qdq import check_unquantized, insert_qdq, quantizable
 from onnx_lowrank.quantize.ranges import Ranges, find_ranges
+from onnx_lowrank.runtime import RunSettings, Session
+from onnx_lowrank.verify import random_feeds
 
 __all__ = [
     "Choice",
-    "Measured",
     "as_quantized",
     "beginnings",
     "check_unquantized",
@@ -25,15 +29,19 @@ __all__ = [
     "prepared",
 ]
 
+FLOAT = 1
+"""float32, as ONNX numbers it."""
+
 SAMPLES = 512
 """That ranges are taken from at most."""
 
 
 def prepared(model: Model, feeds: Sequence[Batch]) -> Model:
-    """`model` with the same function (up to rounding), ready to be quantised: normalisations folded, chains equalised."""
-    folded = model.copy()
-    fold_batchnorm(folded)
-    return equalized(folded, few(feeds))
+    """`model` with the same function (up to rounding), ready to be quantised.
+
+    Constants are stored, normalisations folded, shortcuts that slice and pad made convolutions, chains equalised.
+    """
+    return equalized(_simple(model, {name: value.shape for name, value in feeds[0].items()}), few(feeds))
 
 
 def measure_ranges(model: Model, feeds: Sequence[Batch]) -> Ranges:
@@ -41,7 +49,7 @@ def measure_ranges(model: Model, feeds: Sequence[Batch]) -> Ranges:
     return find_ranges(model, few(feeds), quantizable(model))
 
 
-def as_quantized(model: Model, sizes: Shapes, beginning: int = 0) -> Model:
+def as_quantized(model: Model, sizes: Mapping[str, tuple[int, ...]], beginning: int = 0) -> Model:
     """`model` in eight bits with ranges that are made up: it takes as long as one with true ones.
 
     Parameters
@@ -51,10 +59,25 @@ def as_quantized(model: Model, sizes: Shapes, beginning: int = 0) -> Model:
     beginning
         Which of the :func:`beginnings` of the model stays in floating point; 0 for none.
     """
-    folded = model.copy()
-    fold_batchnorm(folded)
-    left = beginnings(folded, infer(folded, sizes) if beginning else {})
-    return insert_qdq(folded, dict.fromkeys(quantizable(folded), (-1.0, 1.0)), left[min(beginning, len(left) - 1)])
+    simple = _simple(model, sizes)
+    left = beginnings(simple, infer(simple, dict(sizes)) if beginning else {})
+    return insert_qdq(simple, dict.fromkeys(quantizable(simple), (-1.0, 1.0)), left[min(beginning, len(left) - 1)])
+
+
+def _simple(model: Model, sizes: Mapping[str, tuple[int, ...]]) -> Model:
+    copy = model.copy()
+    computed = computed_constants(copy)
+    if computed:
+        inputs = random_feeds((spec.name, sizes[spec.name], spec.dtype) for spec in model_inputs(copy))
+        session = Session(serialize(with_outputs(copy, computed)), RunSettings(optimize=False), folder=copy.folder)
+        store_constants(copy, dict(zip(computed, session.run(inputs, computed), strict=True)))
+    fold_batchnorm(copy)
+    kernels = [node.input[1] for node in copy.graph.node if node.op_type == "Conv"]
+    dtypes = {tensor.data_type for tensor in copy.graph.initializer if tensor.name in kernels}
+    if dtypes == {FLOAT}:
+        shapes = infer(copy, dict(sizes))
+        convolve_shortcuts(copy, {name: shape[1] for name, shape in shapes.items() if len(shape) == 4}, np.dtype("f4"))
+    return copy
 
 
 def few(feeds: Sequence[Batch]) -> list[Batch]:

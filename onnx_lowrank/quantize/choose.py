@@ -1,7 +1,8 @@
 """Which nodes stay in floating point, and whether activations have a sign: by measurement.
 
 Early layers with large pictures and few channels gain the least from eight bits and are the most sensitive: so the model is tried
-with its nodes up to each change of resolution left alone, as one part, that pays for one conversion.
+with its nodes up to each change of resolution left alone, as one part, that pays for one conversion. Then the layers that do the
+most damage are left alone one by one, as long as that helps and costs no time worth mentioning.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from onnx_lowrank.graph.model import Model
+import numpy as np
+
+from onnx_lowrank.calibrate import Batch
+from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.shapes import Shapes
 from onnx_lowrank.quantize.qdq import insert_qdq
 from onnx_lowrank.quantize.ranges import Ranges
+from onnx_lowrank.runtime import RunSettings, Session
+from onnx_lowrank.sensitivity import difference
 
 ALIKE = 1.03
 """Times within this factor of each other are alike: the smaller error decides."""
@@ -21,13 +27,16 @@ ALIKE = 1.03
 BOUNDARIES = 3
 """Changes of resolution that are tried."""
 
+HELPS = 0.9
+"""Share of the error that has to be left, or less, for a layer to stay in floating point."""
 
-@dataclass(frozen=True)
-class Measured:
-    """What a quantised model does: how far its outputs are from the original's, and its time."""
+TRIED = 6
+"""Layers that may stay in floating point one by one."""
 
-    difference: float
-    ms: float
+LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+SAMPLES = 128
+"""That errors are looked at on, about."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,12 @@ class Choice:
         What it was made from; of the same function but for rounding.
     float_nodes
         Names of its nodes that stayed in floating point.
+    error
+        Squared difference that rounding makes to the outputs, over their variance.
+    ms
+        Its time.
+    size
+        Its bytes.
     """
 
     given: Model
@@ -47,7 +62,9 @@ class Choice:
     float_nodes: tuple[str, ...]
     signed: bool
     model: Model
-    measured: Measured
+    error: float = math.nan
+    ms: float = math.nan
+    size: int = 0
 
     def of(self, model: Model) -> Choice:
         """Another model with the same tensors, quantised the same way."""
@@ -57,29 +74,91 @@ class Choice:
     def note(self) -> str:
         """For the report."""
         kind = "signed" if self.signed else "unsigned"
-        kept = f"the first {len(self.float_nodes)} nodes stay in floating point" if self.float_nodes else "all layers"
-        return f"INT8 (QDQ, {kind} activations, a scale for each channel of a kernel): {kept}, as measured"
+        linear = [node.name for node in self.given.graph.node if node.op_type in LINEAR]
+        kept = [name for name in linear if name in set(self.float_nodes)]
+        named = f" ({', '.join(kept[:3])}{'...' if len(kept) > 3 else ''})" if kept else ""
+        return (
+            f"INT8 (QDQ, {kind} activations, a scale for each channel of a kernel): {len(kept)} of {len(linear)} convolutions and "
+            f"products stay in floating point{named}, as measured"
+        )
 
 
-def choose(model: Model, shapes: Shapes, ranges: Ranges, measure: Callable[[Model], Measured]) -> Choice:
+def choose(
+    model: Model,
+    shapes: Shapes,
+    ranges: Ranges,
+    held: Sequence[Batch],
+    time: Callable[[Model], float],
+    most: float = math.inf,
+) -> Choice:
     """The fastest way to quantise `model`, and of those alike the one with the smallest error.
 
     Parameters
     ----------
     model
         Prepared; see :func:`onnx_lowrank.quantize.prepared`.
-    measure
-        Time and error of a model.
+    held
+        Samples to see errors on.
+    time
+        The time of a model.
+    most
+        Bytes that it may have; where no way has so few, the smallest is taken.
     """
+    held = _few(held)
+    wanted = _outputs(model, held)
 
-    def made(nodes: Sequence[str], signed: bool) -> Choice:
+    def made(nodes: Sequence[str], signed: bool = False) -> Choice:
         quantized = insert_qdq(model, ranges, nodes, signed=signed)
-        return Choice(model, ranges, tuple(nodes), signed, quantized, measure(quantized))
+        error = difference(_outputs(quantized, held), wanted)
+        return Choice(model, ranges, tuple(nodes), signed, quantized, error, size=quantized.proto.ByteSize())
 
-    choices = [made(nodes, False) for nodes in beginnings(model, shapes)] + [made((), True)]
-    fastest = min(choice.measured.ms for choice in choices)
-    close = [choice for choice in choices if choice.measured.ms <= ALIKE * fastest]
-    return min(close, key=lambda choice: choice.measured.difference)
+    def timed(choice: Choice) -> Choice:
+        return replace(choice, ms=time(choice.model))
+
+    choices = [timed(made(nodes)) for nodes in beginnings(model, shapes)] + [timed(made((), signed=True))]
+    least = max(most, min(choice.size for choice in choices))
+    choices = [choice for choice in choices if choice.size <= least]
+    limit = ALIKE * min(choice.ms for choice in choices)
+    best = min((choice for choice in choices if choice.ms <= limit), key=lambda choice: choice.error)
+    chains = [chain for chain in _chains(model) if not set(chain) & set(best.float_nodes)]
+    ranked = sorted(chains, key=lambda chain: made((*best.float_nodes, *chain), best.signed).error)
+    for chain in ranked[:TRIED]:
+        without = made((*best.float_nodes, *chain), best.signed)
+        if without.error > HELPS * best.error or without.size > least:
+            continue
+        without = timed(without)
+        best = without if without.ms <= limit else best
+    return best
+
+
+def _few(held: Sequence[Batch]) -> list[Batch]:
+    """The first samples, in whole batches."""
+    taken: list[Batch] = []
+    for batch in held:
+        taken.append(batch)
+        if sum(max((len(v) for v in b.values() if v.ndim), default=1) for b in taken) >= SAMPLES:
+            break
+    return taken
+
+
+def _outputs(model: Model, held: Sequence[Batch]) -> list[list[np.ndarray]]:
+    session = Session(serialize(model), RunSettings(), folder=model.folder)
+    return [session.run(batch) for batch in held]
+
+
+def _chains(model: Model) -> list[list[str]]:
+    """Names of linear nodes, those together that follow each other with nothing in between."""
+    found: list[list[str]] = []
+    place: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        if node.op_type not in LINEAR or not node.name:
+            continue
+        chain = place.get(node.input[0])
+        if chain is None:
+            found.append(chain := [])
+        chain.append(node.name)
+        place[node.output[0]] = chain
+    return found
 
 
 def beginnings(model: Model, shapes: Shapes) -> list[list[str]]:

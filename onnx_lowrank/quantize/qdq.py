@@ -113,7 +113,8 @@ def insert_qdq(
     made.graph.value_info.extend(given.graph.value_info)
     made.metadata_props.clear()
     made.metadata_props.extend(given.proto.metadata_props)
-    made.ir_version = given.proto.ir_version
+    for field in ("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(made, field, getattr(given.proto, field))
     stored = {tensor.name: tensor for tensor in given.graph.initializer}
     for tensor in made.graph.initializer:
         if tensor.name in stored:
