@@ -204,8 +204,10 @@ class Bench:
         LowRankError
             For samples that cannot be trained on, or a model without gradients.
         """
-        if self.refiner is None or not attempt.layers:
+        if self.refiner is None:
             return attempt
+        if not attempt.layers:
+            return self._rounded(attempt) if attempt.choice else attempt
         touched = [node for layer in attempt.layers for node in layer.nodes]
         given = attempt.source or attempt
         with self.planner.stage("finetune"):
@@ -295,7 +297,8 @@ class Bench:
     def _quantized(self, placed: _Placed) -> tuple[Choice, _Placed]:
         """A model in eight bits, as it measures best."""
         planner = self.planner
-        model = placed.model or load(placed.path)
+        given = planner.subject.model
+        model = placed.model or replace(load(placed.path), path=given.path, data_files=given.data_files)
         with planner.stage("quantize"):
             feeds = planner.calibration()
             assert feeds is not None  # the options say so

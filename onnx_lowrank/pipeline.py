@@ -152,6 +152,8 @@ def apply(
     """Carry out a plan, made by `analyze` or read from a file, and verify the result as `compress` does."""
     config = configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
+    if config.quantize != "none":
+        check_unquantized(planner.subject.model)
     data = plan_to_dict(plan) if isinstance(plan, Plan) else read_plan(plan)
     choices = read_choices(data, planner.subject.groups)
     with open_bench(planner) as bench:
@@ -215,6 +217,8 @@ def verify(
         Where a model cannot be loaded, or the other has different inputs or outputs.
     """
     config = configured(config, options)
+    if config.quantize != "none":
+        raise LowRankError("verify compares two models as they are: leave out quantize, and give the quantised model")
     subject, second = open_subject(original, config), open_subject(other, config)
     if [i.name for i in subject.inputs] != [i.name for i in second.inputs]:
         raise LowRankError("the two models have different inputs: two versions of one model were expected")
@@ -289,7 +293,7 @@ def _finish(bench: Bench, given: Any, best: Attempt) -> Result:
         dict(planner.seconds),
         environment(),
         best.plan.notes + bench.notes + _advice(planner, best, latency) + _on_target(planner, targets),
-        not best.layers,
+        not best.layers and best.choice is None,
         planner.config.to_dict(),
         targets,
     )

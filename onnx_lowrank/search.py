@@ -38,7 +38,7 @@ def budget_results(
     config: Config, original: Size, attempt: Attempt, latency: Latency | None
 ) -> tuple[BudgetResult, ...]:
     """Everything asked for, and what `attempt` reached; nothing is held against a model that has nothing to give."""
-    if NOTHING_TO_GAIN in attempt.plan.notes:
+    if NOTHING_TO_GAIN in attempt.plan.notes and config.quantize == "none":
         return ()
     results = []
     for budget in config.budget:
@@ -134,10 +134,12 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
     assert config.max_drop is not None
     metric = planner.counts(config.objective)
     dense = bench.attempt(planner.dense())
+    if loss(dense.accuracy) > config.max_drop:
+        lost = config.quantize != "none" and dense.accuracy.drop > config.max_drop
+        why = f"INT8 alone loses {dense.accuracy.drop:.4f}: leave out --quantize"
+        return _left(dense, planner, why if lost else _too_few(dense.accuracy, config.max_drop))
     if planner.hopeless:
         return _left(dense, planner, NOTHING_TO_GAIN)
-    if loss(dense.accuracy) > config.max_drop:
-        return _left(dense, planner, _too_few(dense.accuracy, config.max_drop))
     best, missed = dense, None
     low, high = planner.smallest(metric).ratio(metric), 1.0
     for step in range(SEARCH_STEPS):
@@ -165,7 +167,8 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
 
 def _left(dense: Attempt, planner: Planner, why: str) -> Attempt:
     """The original, and why it was left alone."""
-    return replace(dense, plan=planner.dense(why))
+    quantized = (dense.choice.note,) if dense.choice else ()
+    return replace(dense, plan=planner.dense(why, *quantized))
 
 
 def _why_not_more(missed: Attempt | None, metric: Metric, limit: float) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ PUBLISHED = {
     # by hand: nobody has published these
     "vgg_small_cifar10": 557_898,
     "alexnet_half_cifar10": 624_810,
+    "resnet34_half_cifar10": 5_326_506,
 }
 SMALL = ["resnet20_cifar10", "resnet56_cifar10", "resnet110_cifar10", "alexnet_cifar10", "vgg16_cifar10"]
 STATISTICS = ("running_mean", "running_var")

@@ -161,7 +161,9 @@ class Refiner:
             What the quantised form of `model` rounds: it is trained as if it were that.
         """
         graph = plain_graph(model)
-        student = Program(graph, self._trained(graph, touched), device=self._config.device)
+        # rounding changes everything, and names with it
+        trained = weights_of(graph) if rounding else self._trained(graph, touched)
+        student = Program(graph, trained, device=self._config.device)
         content = serialize(model)
         self._check(student, content, model.folder)
         if rounding:

@@ -21,6 +21,28 @@ LARGEST = 1 << 20
 """Elements of a constant that is stored instead of computed."""
 
 
+def name_nodes(model: Model) -> None:
+    """Give a name to each node of the main graph of `model`, which is changed, that has none: tools go by names."""
+    taken = tensor_names(model.proto)
+    for node in model.graph.node:
+        if not node.name:
+            node.name = fresh_name(f"{node.op_type}_of_{next(iter(node.output), '')}", taken)
+
+
+def lift_constants(model: Model) -> None:
+    """Store what Constant nodes of the main graph of `model`, which is changed, hold as float32 tensors."""
+    outputs = {value.name for value in model.graph.output}
+    listed = lists_all(model)
+    for node in [node for node in model.graph.node if node.op_type == "Constant" and not node.domain]:
+        held = node.attribute[0] if node.attribute else onnx.AttributeProto()
+        if held.name == "value" and held.t.data_type == onnx.TensorProto.FLOAT and node.output[0] not in outputs:
+            tensor = onnx.TensorProto()
+            tensor.CopyFrom(held.t)
+            tensor.name = node.output[0]
+            model.graph.node.remove(node)
+            add_initializer(model, tensor, listed=listed)
+
+
 def computed_constants(model: Model) -> list[str]:
     """Tensors that depend on no input, are computed in every run, and are read by what does depend on one."""
     graph = model.graph
@@ -51,7 +73,8 @@ def store_constants(model: Model, values: Mapping[str, np.ndarray]) -> None:
     """Store what was computed, in the graph of `model`, which is changed."""
     listed = lists_all(model)
     small = {name: value for name, value in values.items() if value.size <= LARGEST}
-    gone = [node for node in model.graph.node if not small.keys().isdisjoint(node.output)]
+    gone = [node for node in model.graph.node if node.output and set(node.output) <= small.keys()]
+    small = {output: small[output] for node in gone for output in node.output}
     unread = [name for node in gone for name in node.input]
     for node in gone:
         model.graph.node.remove(node)

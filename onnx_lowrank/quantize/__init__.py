@@ -10,7 +10,13 @@ from onnx_lowrank.calibrate import Batch
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.shapes import infer, model_inputs, with_outputs
-from onnx_lowrank.graph.simplify import computed_constants, convolve_shortcuts, store_constants
+from onnx_lowrank.graph.simplify import (
+    computed_constants,
+    convolve_shortcuts,
+    lift_constants,
+    name_nodes,
+    store_constants,
+)
 from onnx_lowrank.quantize.choose import Choice, beginnings, choose
 from onnx_lowrank.quantize.equalize import equalized
 from onnx_lowrank.quantize.qdq import check_unquantized, insert_qdq, quantizable
@@ -66,6 +72,8 @@ def as_quantized(model: Model, sizes: Mapping[str, tuple[int, ...]], beginning: 
 
 def _simple(model: Model, sizes: Mapping[str, tuple[int, ...]]) -> Model:
     copy = model.copy()
+    name_nodes(copy)
+    lift_constants(copy)
     computed = computed_constants(copy)
     if computed:
         inputs = random_feeds((spec.name, sizes[spec.name], spec.dtype) for spec in model_inputs(copy))

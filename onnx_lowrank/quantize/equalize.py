@@ -86,12 +86,13 @@ def _linear(node: PlainNode, graph: PlainGraph) -> bool:
     if node.domain or len(node.inputs) < 2 or node.inputs[1] not in graph.stored:
         return False
     if node.op_type == "Gemm":
-        return (not node.attributes.get("transA", 0) and len(node.inputs) == 2) or _plain_bias(node, graph)
+        return not node.attributes.get("transA", 0) and (len(node.inputs) == 2 or _plain_bias(node, graph))
     return node.op_type == "Conv" or (node.op_type == "MatMul" and graph.stored[node.inputs[1]].ndim == 2)
 
 
 def _plain_bias(node: PlainNode, graph: PlainGraph) -> bool:
-    return node.inputs[2] in graph.stored and graph.stored[node.inputs[2]].ndim == 1
+    outputs = graph.stored[node.inputs[1]].shape[0 if node.attributes.get("transB", 0) else 1]
+    return node.inputs[2] in graph.stored and graph.stored[node.inputs[2]].shape == (outputs,)
 
 
 def _peaks(model: Model, feeds: Sequence[Batch], found: Sequence[Link]) -> dict[str, np.ndarray]:

@@ -36,13 +36,24 @@ def check_unquantized(model: Model) -> None:
     Raises
     ------
     LowRankError
-        With the way that works.
+        With the way that works; and where it has no kernel of float32.
     """
     found = [node for graph in scopes(model.proto) for node in graph.node if node.op_type in QUANTIZED]
     if found:
         raise LowRankError(
             f"the model is quantised already ({found[0].op_type} '{found[0].name}' and {len(found) - 1} more): "
             f"give the float model it was made from, and --quantize int8"
+        )
+    linear = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    stored |= {
+        n.output[0]: n.attribute[0].t.data_type for n in model.graph.node if n.op_type == "Constant" and n.attribute
+    }
+    kinds = {stored[name] for node in linear for name in node.input[1:2] if name in stored}
+    if kinds != {onnx.TensorProto.FLOAT}:
+        raise LowRankError(
+            "INT8 was asked for: a model was expected whose convolutions and products (Conv, Gemm, MatMul) have stored weights, "
+            "all of them float32"
         )
 
 
@@ -79,6 +90,8 @@ def insert_qdq(
     taken = tensor_names(given.proto)
     copy = onnx.ModelProto()
     copy.CopyFrom(given.proto)  # the quantiser writes into what it is given
+    del copy.metadata_props[:]  # one of them says that shapes are known, which may be long past
+    del copy.graph.value_info[:]
     for tensor in copy.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.CopyFrom(numpy_helper.from_array(read_tensor(tensor, model.folder), tensor.name))
@@ -115,6 +128,8 @@ def insert_qdq(
     made.metadata_props.extend(given.proto.metadata_props)
     for field in ("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string"):
         setattr(made, field, getattr(given.proto, field))
+    if made.ir_version < 4:  # where every stored tensor would have to be an input too
+        made.ir_version = 7
     stored = {tensor.name: tensor for tensor in given.graph.initializer}
     for tensor in made.graph.initializer:
         if tensor.name in stored:
@@ -130,8 +145,14 @@ def _unranged(model: Model, ranges: Mapping[str, object]) -> list[str]:
     return [
         node.name
         for node in model.graph.node
-        if node.op_type in OPS and not all(n in ranges or n in stored or not n for n in (node.input[0], node.output[0]))
+        if node.op_type in OPS and not all(n in ranges or n in stored or not n for n in _data(node))
     ]
+
+
+def _data(node: onnx.NodeProto) -> list[str]:
+    """What a node computes with and makes, apart from shapes, axes and the like."""
+    several = node.op_type in ("Add", "Mul", "Concat", "MatMul", "Gemm", "Conv")
+    return [*(node.input if several else node.input[:1]), *node.output]
 
 
 def _raised(model: Model) -> Model:

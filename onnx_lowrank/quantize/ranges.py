@@ -25,6 +25,9 @@ ELEMENTS = 1 << 16
 
 LEVELS = 255
 
+LARGEST = 1e4
+"""Numbers from here on stand for infinity: no range that holds them leaves anything of the others."""
+
 
 def find_ranges(model: Model, feeds: Sequence[Batch], names: Collection[str]) -> Ranges:
     """The range of least squared error of each tensor that is found to be of floating point.
@@ -40,6 +43,9 @@ def find_ranges(model: Model, feeds: Sequence[Batch], names: Collection[str]) ->
             if value.dtype.kind == "f" and value.size:
                 low, high = whole.get(name, (0.0, 0.0))  # zero is always one of the numbers: padding needs it
                 whole[name] = min(low, float(value.min())), max(high, float(value.max()))
+    whole = {
+        name: span for name, span in whole.items() if max(-span[0], span[1]) < LARGEST
+    }  # masks, and what overflows
     errors: dict[str, np.ndarray] = {}
     for made in outputs_of(model, feeds, list(whole)):
         for name, value in made.items():
@@ -65,9 +71,11 @@ def outputs_of(model: Model, feeds: Sequence[Batch], names: Collection[str]) -> 
     """Values of tensors, one portion of the samples after the other."""
     inputs = {value.name for value in model.graph.input}
     made = [name for name in names if name not in inputs]
+    fed = [value.type.tensor_type.shape.dim for value in model.graph.input]
+    free = all(not sizes or not sizes[0].HasField("dim_value") for sizes in fed)
     session = Session(serialize(with_outputs(model, made)), RunSettings(optimize=False), folder=model.folder)
     for batch in feeds:
-        for part in _parts(batch):
+        for part in _parts(batch) if free else [batch]:
             values = session.run(part, made) if made else []
             yield {**{n: part[n] for n in names if n in part}, **dict(zip(made, values, strict=True))}
 

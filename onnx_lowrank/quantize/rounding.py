@@ -56,10 +56,10 @@ def rounding_of(model: Model, quantized: Model) -> Rounding:
                 name = made[producers[name].key]
             activations[name] = Steps(scale, int(zero), int(bounds.min), int(bounds.max))
             continue
-        old = kernels.get(node.key)
+        old = kernels.get(node.key) if node.op_type != "DequantizeLinear" else None
         for place, name in enumerate(node.inputs[:2]):
             source = producers.get(name)
-            if old is None or source is None or source.op_type != "DequantizeLinear":
+            if old is None or place >= len(old) or source is None or source.op_type != "DequantizeLinear":
                 continue
             if source.inputs[0] in small.stored and old[place] in plain.stored:
                 several = small.values[source.inputs[1]].size > 1

@@ -24,5 +24,5 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     if config.rank:
         return bench.tuned(bench.attempt(planner.estimated()))
     if not config.budget and config.max_drop is None:  # nothing but eight bits
-        return bench.attempt(planner.dense())
+        return bench.tuned(bench.attempt(planner.dense()))
     return bench.tuned(within_budgets(planner, bench)) if config.budget else within_drop(planner, bench)

@@ -94,3 +94,15 @@ def test_a_channel_of_zeros_stays_finite() -> None:
     feeds = feeds_of(proto, x=(4, 6, 8, 8))
     made = equalized(load(proto), [feeds])
     np.testing.assert_allclose(run(made.proto, feeds)[0], run(proto, feeds)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_product_of_a_transposed_input_stays() -> None:
+    text = "g (float[6, 6] x) => (float[6, 6] y) { a = Gemm <transA = 1> (x, w, b) y = MatMul (a, v) }"
+    model = load(parse(text, w=normal(6, 6), b=normal(6), v=normal(6, 6, seed=1)))
+    assert links(model, plain_graph(model)) == []
+
+
+def test_a_bias_that_all_channels_share_stays() -> None:
+    text = "g (float[N, 6] x) => (float[N, 6] y) { a = Gemm (x, w, b) y = MatMul (a, v) }"
+    model = load(parse(text, w=normal(6, 6), b=normal(1), v=normal(6, 6, seed=1)))
+    assert links(model, plain_graph(model)) == []

@@ -89,3 +89,17 @@ def test_a_budget_on_size_counts_the_bytes_of_the_quantised_model() -> None:
     assert result.report.met
     size = result.report.compressed.size_bytes / result.report.original.size_bytes
     assert 0.12 < size <= 0.2  # a quarter of the bytes came without any decomposition
+
+
+def test_what_int8_alone_loses_is_said_and_held_against_it() -> None:
+    result = lr.compress(
+        str(DIGITS), max_drop=1e-9, objective="macs", metric="cosine", quantize="int8", exclude=("*",), **DATA
+    )
+    assert not result.met and not result.report.unchanged
+    assert any(note.startswith("INT8 alone loses") for note in result.plan.notes)
+    assert any(note.startswith("INT8 (QDQ") for note in result.plan.notes)
+
+
+def test_verify_compares_models_as_they_are() -> None:
+    with pytest.raises(LowRankError, match="leave out quantize"):
+        lr.verify(str(DIGITS), str(DIGITS), quantize="int8", **DATA)

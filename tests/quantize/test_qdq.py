@@ -137,3 +137,66 @@ def test_what_is_rounded_is_read_off_the_model() -> None:
     assert all(axis == 0 for axis in rounding.weights.values())
     assert "x" not in rounding.activations
     assert {"r", "f"} <= set(rounding.activations)
+
+
+MASKED = """g (float[N, 6, 8] x) => (float[N, 6, 6] y) {
+  [one] a = MatMul (x, w)
+  [turned] t = Transpose <perm = [0, 2, 1]> (x)
+  [scores] s = MatMul (a, t)
+  [masked] m = Add (s, mask)
+  [soft] y = Softmax (m)
+}"""
+
+
+@pytest.mark.parametrize("far", [-np.inf, -3.4e38, -1e4])
+def test_masks_stay_in_floating_point(far: float) -> None:
+    mask = np.triu(np.full((6, 6), far, np.float32), 1)
+    mask[np.tril_indices(6)] = 0
+    proto = parse(MASKED, w=normal(8, 8), mask=mask)
+    feeds = feeds_of(proto, x=(32, 6, 8))
+    ready = prepared(load(proto), [feeds])
+    model = insert_qdq(ready, measure_ranges(ready, [feeds]))
+    (got,), (wanted,) = run(model.proto, feeds), run(proto, feeds)
+    assert np.square(got - wanted).sum() < 1e-3 * np.square(wanted).sum()
+    assert any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+
+
+def test_nodes_without_names_are_quantised_too() -> None:
+    proto = network()
+    for node in proto.graph.node:
+        node.name = ""
+    feeds, ready, model = quantized(proto)
+    assert Counter(tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) > 1) == {3: 4}
+    assert len(rounding_of(ready, model).weights) == 4
+    (got,), (wanted,) = run(model.proto, feeds), run(proto, feeds)
+    assert np.square(got - wanted).sum() < 3e-3 * np.square(wanted).sum()
+
+
+def test_kernels_in_constant_nodes_are_kernels() -> None:
+    text = "g (float[N, 4, 8, 8] x) => (float[N, 4, 8, 8] y) { w = Constant <value = float[1] {0}> () y = Conv (x, w) }"
+    proto = parse(text)
+    proto.graph.node[0].attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(normal(4, 4, 1, 1), "w"))
+    feeds = feeds_of(proto, x=(8, 4, 8, 8))
+    check_unquantized(load(proto))
+    ready = prepared(load(proto), [feeds])
+    model = insert_qdq(ready, measure_ranges(ready, [feeds]))
+    assert any(tensor.data_type == onnx.TensorProto.INT8 for tensor in model.graph.initializer)
+
+
+def test_models_that_were_prepared_for_quantisation_are_quantised() -> None:
+    proto = network()
+    onnx.helper.set_model_props(proto, {"onnx.infer": "onnxruntime.quant"})
+    _, _, model = quantized(proto)
+    assert any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    assert [prop.key for prop in model.proto.metadata_props] == ["onnx.infer"]
+
+
+def test_a_fixed_batch_is_run_whole() -> None:
+    proto = parse("g (float[32, 4] x) => (float[32, 4] y) { y = MatMul (x, w) }", w=normal(4, 4))
+    assert find_ranges(load(proto), [{"x": normal(32, 4, seed=2)}], ["x", "y"]).keys() == {"x", "y"}
+
+
+def test_kernels_of_half_precision_are_refused() -> None:
+    proto = parse("g (float16[N, 4] x) => (float16[N, 4] y) { y = MatMul (x, w) }", w=normal(4, 4).astype(np.float16))
+    with pytest.raises(LowRankError, match="all of them float32"):
+        check_unquantized(load(proto))
