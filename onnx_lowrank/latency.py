@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from onnx_lowrank.candidates import Group, price
+from onnx_lowrank.candidates import Group, price, spread
 from onnx_lowrank.config import Config
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.owners import Owned, own_nodes, owners
@@ -297,13 +297,13 @@ class LatencyTable:
         return ratio
 
     def _waiting(self, candidates: Sequence[Sequence[Candidate]]) -> dict[str, list[Point]]:
-        """For each kind of layer, what is to be measured."""
+        """For each kind of layer, what is to be measured: of every method the middle first, then the ends, then between."""
         waiting: dict[str, list[Point]] = {}
         for group, members in zip(self._subject.groups, candidates, strict=False):
             kind = self._kinds[group.names]
             if kind in waiting or self._dense.of(group) <= 0:
                 continue
-            waiting[kind] = points_of(members, POINTS, partial(self._known, kind))
+            waiting[kind] = points_of(members, partial(spread, count=POINTS), partial(self._known, kind))
         return waiting
 
     def _known(self, kind: str, method: str) -> dict[Rank, float]:

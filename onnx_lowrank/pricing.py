@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import nnls
 
-from onnx_lowrank.candidates import Group, spread
+from onnx_lowrank.candidates import Group
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.splice import Replacement, splice
 from onnx_lowrank.subject import Subject
@@ -60,21 +60,23 @@ class StandIns:
 
 
 def points_of(
-    candidates: Sequence[Candidate], count: int, known: Callable[[str], Mapping[Rank, float]] | None = None
+    candidates: Sequence[Candidate],
+    pick: Callable[[Sequence[Rank]], Sequence[Rank]],
+    known: Callable[[str], Mapping[Rank, float]],
 ) -> list[Point]:
-    """What is to be measured of a kind of layer: of every method the middle first, then the ends, then between.
+    """What is to be measured of a kind of layer: of every method the first rank that is picked, then the second...
 
     Parameters
     ----------
-    count
-        Ranks of a method, along one mode; half as many again along two.
+    pick
+        Ranks of a method that stand for all, the most telling first.
     known
         What is measured of a method already.
     """
     queues = []
     for method in sorted({c.decomposition for c in candidates if not c.dense}):
-        ranks = spread([c.rank for c in candidates if c.decomposition == method], count)
-        done = known(method) if known else {}
+        ranks = pick([c.rank for c in candidates if c.decomposition == method])
+        done = known(method)
         queues.append([(method, rank) for rank in ranks if rank not in done])
     return [point for each in itertools.zip_longest(*queues) for point in each if point is not None]
 

@@ -1,0 +1,357 @@
+"""What candidates take where only whole models can be timed: another engine, another device.
+
+For each kind of layer, method and a few ranks there is one model in which all layers of that kind are such chains; what
+it takes less or more than the original, run in turn with it, is shared out among them. What the layers take as they are
+is not seen: it is at least the most that a chain was seen to save, and how much more only shifts time between the layers
+and the rest, which no plan depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from onnx_lowrank.candidates import Group, price, spread
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.pricing import Point, StandIns, points_of, priced, priced_together
+from onnx_lowrank.subject import Subject
+from onnx_lowrank.timings import Place, Timings
+from onnx_lowrank.types import Candidate, Cost, Layer, Plan, Progress, Rank, no_progress
+
+POINTS = 3
+"""Ranks of a method that are measured for each kind of layer; one more over two modes."""
+
+MODELS = 128
+"""Most models that are timed for one table."""
+
+LEAST_SHARE = 0.01
+"""Of the model's MACs, below which a kind of layer is not worth a model: its time is taken to follow its MACs."""
+
+TABLE_SECONDS = 180.0
+"""Longest time that filling a table here may take."""
+
+MIXES = 8
+"""Models with all kinds of layers changed, beyond those."""
+
+MIXED = Place("mixes", "share of the savings of their parts")
+"""Where it is kept how times add up."""
+
+TELLING = 0.05
+"""Share of the original's time that the parts of a mix have to save together, to say how savings add up."""
+
+ADDING_UP = 0.25, 1.5
+"""Bounds of that."""
+
+NO_TIME = 1e-3
+"""Share of a layer's time that its chain takes at least: differences of two times may come out below zero."""
+
+SEEN = 0.5
+"""Share of a layer that the chain saving most stands for at least, when the layer's own time is told from it."""
+
+
+class Engine(Protocol):
+    """What times whole models beside the original."""
+
+    def ratio(self, model: Model) -> float:
+        """Median over rounds of the time of `model` over that of the original, run in turn."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """All groups of a kind by one method at one rank."""
+
+    kind: str
+    point: Point
+    choices: tuple[Candidate, ...]
+
+    @property
+    def place(self) -> Place:
+        return Place(self.kind, self.point[0])
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One model to time: one kind of layer changed, or, in a mix, all of them at once."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def choices(self) -> tuple[Candidate, ...]:
+        return tuple(choice for part in self.parts for choice in part.choices)
+
+
+def digest(subject: Subject) -> str:
+    """What tells models apart whose times differ: a hash of the layers and their sizes, not of the kernels' values."""
+    lines = [f"{layer.name} {_of_layer(layer)}" for layer in subject.found.layers]
+    return hashlib.sha256("\n".join([*lines, str(subject.cost.macs)]).encode()).hexdigest()[:32]
+
+
+def _of_layer(layer: Layer) -> str:
+    return f"{layer.op_type} {layer.spec} {layer.dtype} {layer.input_size} {layer.batch}"
+
+
+def kind_of(group: Group) -> str:
+    """All that the time of a group of layers depends on, its neighbours and the machine apart."""
+    return "; ".join(map(_of_layer, group.layers))
+
+
+def probes(
+    subject: Subject, candidates: Sequence[Sequence[Candidate]], block: int, timings: Timings | None = None
+) -> tuple[Probe, ...]:
+    """The models worth timing, the most telling first, at most ``MODELS``.
+
+    Parameters
+    ----------
+    candidates
+        Of each group of the subject; further ones, over several groups, are left out.
+    block
+        What ranks are kept to.
+    timings
+        What is known already.
+    """
+    kinds: dict[str, list[Group]] = {}
+    members: dict[str, Sequence[Candidate]] = {}
+    for group, each in zip(subject.groups, candidates, strict=False):
+        kinds.setdefault(kind_of(group), []).append(group)
+        members.setdefault(kind_of(group), each)
+    macs = {kind: sum(group.dense.cost.macs for group in groups) for kind, groups in kinds.items()}
+    worth = [kind for kind in kinds if macs[kind] >= LEAST_SHARE * subject.cost.macs]
+    queues = []
+    for kind in sorted(worth, key=lambda kind: -macs[kind]):
+        known = partial(_known, timings, kind)
+        queues.append([(kind, point) for point in points_of(members[kind], partial(picked, block=block), known)])
+    turns = (item for each in itertools.zip_longest(*queues) for item in each if item is not None)
+    parts = [
+        Part(kind, point, tuple(price(group, point[0], point[1], 0.0) for group in kinds[kind]))
+        for kind, point in itertools.islice(turns, MODELS)
+    ]
+    return tuple(Probe((part,)) for part in parts)
+
+
+def picked(ranks: Sequence[Rank], block: int) -> list[Rank]:
+    """A few of `ranks` that stand for all: the middle, the highest and the lowest; over two modes, as :func:`spread` does.
+
+    Those below one block take about as long as one block, and are left out where there are enough others.
+
+    Examples
+    --------
+    >>> picked([(1,), (2,), (4,), (8,), (16,), (24,)], 8)
+    [(16,), (24,), (8,)]
+    """
+    enough = [rank for rank in sorted(set(ranks)) if min(rank) >= block]
+    left = enough if len(enough) >= POINTS else sorted(set(ranks))
+    if not left or len(left[0]) > 1:
+        return spread(left, POINTS)
+    middle = (left[0][0] + left[-1][0]) / 2
+    return list(dict.fromkeys([min(left, key=lambda rank: abs(rank[0] - middle)), left[-1], left[0]]))
+
+
+def mixes(single: Sequence[Probe]) -> tuple[Probe, ...]:
+    """Models in which every kind of layer is one of the chains that are timed alone: times do not quite add up."""
+    by_kind: dict[str, list[Part]] = {}
+    for probe in single:
+        by_kind.setdefault(probe.parts[0].kind, []).append(probe.parts[0])
+    rng = np.random.default_rng(0)
+    return tuple(
+        Probe(tuple(parts[rng.integers(len(parts))] for parts in by_kind.values()))
+        for _ in range(MIXES if len(by_kind) > 1 else 0)
+    )
+
+
+def take_in(timings: Timings, parts: Sequence[tuple[Place, Rank, int]], ratio: float) -> None:
+    """Learn from one model.
+
+    Of one kind of layer, what the ratio had been if only one of the groups had been changed is kept: it holds whatever layers
+    are left out next time. Of a mix, what it saved over what its parts, which are known, saved alone.
+
+    Parameters
+    ----------
+    parts
+        Kind and method, rank, and number of groups.
+    ratio
+        Time of the model over that of the original.
+    """
+    if len(parts) == 1:
+        ((place, rank, count),) = parts
+        timings.add(place, rank, 1 - (1 - ratio) / count)
+        return
+    alone = [count * (1 - timings.of(place)[rank]) for place, rank, count in parts if rank in timings.of(place)]
+    if len(alone) == len(parts) and sum(alone) >= TELLING:
+        timings.add(MIXED, (1,), (1 - ratio) / sum(alone))
+
+
+def _known(timings: Timings | None, kind: str, method: str) -> Mapping[Rank, float]:
+    return timings.of(Place(kind, method)) if timings else {}
+
+
+class WholeTimes:
+    """Latency of the candidates of a model by times of whole models; to the planner the same as ``LatencyTable``."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        timings: Timings,
+        original_ms: float,
+        block: int,
+        engine: Engine | None = None,
+        progress: Progress = no_progress,
+        *,
+        seed: int = 0,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        """Take in what is known.
+
+        Parameters
+        ----------
+        timings
+            What :func:`take_in` has learned.
+        original_ms
+            What the model takes as it is.
+        block
+            What ranks are kept to.
+        engine
+            What times models; None where only what is known counts.
+        notes
+            What the user should know of these times.
+        """
+        self._subject, self._timings, self._engine, self._progress = subject, timings, engine, progress
+        self._stand_ins, self._original_ms = StandIns(subject, seed), original_ms
+        self._block = block
+        self._kinds = {group.names: kind_of(group) for group in subject.groups}
+        self.measured = self.wanted = 0
+        """Models timed, and how many there were to time."""
+        self.notes = notes
+        self._fit: _Fit | None = None
+
+    usable = True
+    """Whether times can be told apart."""
+
+    @property
+    def original(self) -> Cost:
+        """Cost of the whole model as it was given."""
+        return replace(self._subject.cost, latency_ms=self._original_ms)
+
+    @property
+    def rest(self) -> float:
+        """What belongs to no group of layers, in milliseconds."""
+        taken = math.fsum(self._ms(group) for group in self._subject.groups)
+        return max(self._original_ms - taken, 0.0)
+
+    def fill(self, candidates: Sequence[Sequence[Candidate]]) -> None:
+        """Time what it takes to tell the latency of every candidate, as far as ``TABLE_SECONDS`` go."""
+        if self._engine is None:
+            return
+        start, waiting = time.perf_counter(), probes(self._subject, candidates, self._block, self._timings)
+        if waiting or not self._timings.of(MIXED):
+            waiting += mixes(probes(self._subject, candidates, self._block))
+        self.measured, self.wanted = 0, len(waiting)
+        for probe in waiting:
+            if time.perf_counter() - start >= TABLE_SECONDS:
+                break
+            ratio = self._engine.ratio(self._stand_ins.model(probe.choices)[0])
+            parts = [(part.place, part.point[1], len(part.choices)) for part in probe.parts]
+            take_in(self._timings, parts, ratio)
+            self.measured += 1
+            self._progress("latency", self.measured, self.wanted)
+        self._timings.save()
+        self._fit = None
+
+    def priced(self, candidates: Sequence[Sequence[Candidate]]) -> list[tuple[Candidate, ...]]:
+        """`candidates` with their latency. A method not measured for a kind of which others were is taken to save none."""
+        groups, found = self._subject.groups, self._subject.found.layers
+        alone = []
+        for group, members in zip(groups, candidates, strict=False):
+            known, layer_ms = self._fitted.chains.get(self._kinds[group.names], {}), self._ms(group)
+            each = priced(group, members, layer_ms, partial(_of_method, known))
+            alone.append(
+                tuple(
+                    replace(c, cost=replace(c.cost, latency_ms=layer_ms))
+                    if known and not c.dense and c.decomposition not in known
+                    else c
+                    for c in each
+                )
+            )
+        layers = {name: self._ms(group) / len(group.names) for group in groups for name in group.names}
+        return [*alone, *(priced_together(c, found, layers) for c in candidates[len(groups) :])]
+
+    def check(self, plan: Plan) -> float:
+        """Latency of a whole plan as a share of the original's: measured, or predicted where nothing measures here."""
+        choices = [choice for choice in plan.choices if not choice.dense]
+        if not choices:
+            return 1.0
+        if self._engine is None:
+            return plan.ratio("latency")
+        return self._engine.ratio(self._stand_ins.model(choices)[0])
+
+    @property
+    def _fitted(self) -> _Fit:
+        if self._fit is None:
+            self._fit = _fit(self._subject, self._timings)
+        return self._fit
+
+    def _ms(self, group: Group) -> float:
+        return self._original_ms * self._fitted.layers[self._kinds[group.names]]
+
+
+def _of_method(known: Mapping[str, Mapping[Rank, float]], method: str) -> Mapping[Rank, float]:
+    return known.get(method, {})
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Where the time of a model goes.
+
+    Parameters
+    ----------
+    layers
+        For each kind of group, its share of the time of the whole; together no more than 1.
+    chains
+        For each kind and method, by rank, the share of the group's time that the chains take.
+    """
+
+    layers: dict[str, float]
+    chains: dict[str, dict[str, dict[Rank, float]]]
+
+
+def _fit(subject: Subject, timings: Timings) -> _Fit:
+    count = Counter(map(kind_of, subject.groups))
+    groups = {kind_of(group): group for group in subject.groups}
+    saved: dict[str, dict[Point, float]] = {kind: {} for kind in groups}
+    for place, ranks in timings.places():
+        if place.layer in saved:
+            saved[place.layer] |= {(place.method, rank): 1 - ratio for rank, ratio in ranks.items()}
+    adding_up = float(np.clip(timings.of(MIXED).get((1,), 1.0), *ADDING_UP))
+    saved = {kind: {point: adding_up * share for point, share in points.items()} for kind, points in saved.items()}
+    least = {kind: max([*points.values(), 0.0]) for kind, points in saved.items()}
+    # the savings of all kinds together are no more than all there is
+    squeeze = min(1.0, 1 / max(sum(count[kind] * share for kind, share in least.items()), 1e-9))
+    least = {kind: squeeze * share for kind, share in least.items()}
+    whole = {kind: _whole_share(groups[kind], saved[kind], least[kind], subject.cost.macs) for kind in groups}
+    unseen = sum(count[kind] * (whole[kind] - least[kind]) for kind in groups)
+    room = min(1.0, (1 - sum(count[kind] * share for kind, share in least.items())) / unseen) if unseen > 0 else 0.0
+    layers = {kind: least[kind] + max(room, 0.0) * (whole[kind] - least[kind]) for kind in groups}
+    chains: dict[str, dict[str, dict[Rank, float]]] = {}
+    for kind, points in saved.items():
+        for (method, rank), share in points.items():
+            left = max((layers[kind] - squeeze * share) / layers[kind], NO_TIME) if layers[kind] > 0 else 1.0
+            chains.setdefault(kind, {}).setdefault(method, {})[rank] = left
+    return _Fit(layers, chains)
+
+
+def _whole_share(group: Group, saved: Mapping[Point, float], least: float, macs: int) -> float:
+    """Share of the model's time that a group is thought to take: what saved most, and what was left of it by its MACs."""
+    dense = group.dense.cost.macs
+    if least <= 0:
+        return dense / max(macs, 1)
+    method, rank = max(saved, key=lambda point: saved[point])
+    left = price(group, method, rank, 0.0).cost.macs / max(dense, 1)
+    return least / max(1 - left, SEEN)
