@@ -31,6 +31,10 @@ ROUNDS, ROUND_SECONDS = 300, 0.8
 """Of one model beside the original."""
 
 
+WIDTH = 2 * 1.96
+"""Standard errors that an interval of 95 % is wide."""
+
+
 class OnMNN:
     """The original of a subject on MNN, beside which other models are timed."""
 
@@ -76,15 +80,16 @@ class OnMNN:
             fallback=f"no time is given for MNN: {wrong}",
         )
 
-    def ratio(self, model: Model) -> float:
-        """Median over rounds of the time of `model` over that of the original, run in turn."""
+    def ratio(self, model: Model) -> tuple[float, float]:
+        """Median over rounds of the time of `model` over that of the original, run in turn; and its standard error."""
         with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
             save(model, Path(folder) / "model.onnx")
             session = self.session(Path(folder) / "model.onnx")
         timing = time_pair(self.original, session, self._feeds, rounds=ROUNDS, seconds=ROUND_SECONDS)
         del session
         give_back_memory()
-        return 1 / timing.speedup
+        low, high = timing.speedup_interval
+        return 1 / timing.speedup, (1 / low - 1 / high) / WIDTH
 
 
 def mnn_times(subject: Subject, config: Config, engine: OnMNN, block: int, progress: Progress) -> WholeTimes:

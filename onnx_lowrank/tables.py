@@ -74,9 +74,8 @@ def device_times(subject: Subject, results: Results) -> WholeTimes:
     """The table that a device has filled."""
     timings = Timings({}, None)
     for model in sorted(results.models, key=lambda model: len(model.parts)):  # mixes say something beside their parts
-        take_in(
-            timings, [(Place(layer, method), rank, count) for layer, method, rank, count in model.parts], model.ratio
-        )
+        parts = [(Place(layer, method), rank, count) for layer, method, rank, count in model.parts]
+        take_in(timings, parts, model.ratio, model.error)
     note = f"latency is predicted by times measured on {results.where}, of {len(results.models)} models; it was not measured there"
     if results.missing:
         note += f"; {results.missing} models were not timed, and what is between is estimated"

@@ -36,8 +36,8 @@ MODELS = 128
 LEAST_SHARE = 0.01
 """Of the model's MACs, below which a kind of layer is not worth a model: its time is taken to follow its MACs."""
 
-TABLE_SECONDS = 180.0
-"""Longest time that filling a table here may take."""
+TABLE_SECONDS = 240.0
+"""Longest time that filling a table here may take, the mixes apart."""
 
 MIXES = 8
 """Models with all kinds of layers changed, beyond those."""
@@ -61,8 +61,8 @@ SEEN = 0.5
 class Engine(Protocol):
     """What times whole models beside the original."""
 
-    def ratio(self, model: Model) -> float:
-        """Median over rounds of the time of `model` over that of the original, run in turn."""
+    def ratio(self, model: Model) -> tuple[float, float]:
+        """Median over rounds of the time of `model` over that of the original, run in turn; and its standard error."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def mixes(single: Sequence[Probe]) -> tuple[Probe, ...]:
     )
 
 
-def take_in(timings: Timings, parts: Sequence[tuple[Place, Rank, int]], ratio: float) -> None:
+def take_in(timings: Timings, parts: Sequence[tuple[Place, Rank, int]], ratio: float, error: float) -> None:
     """Learn from one model.
 
     Of one kind of layer, what the ratio had been if only one of the groups had been changed is kept: it holds whatever layers
@@ -179,14 +179,21 @@ def take_in(timings: Timings, parts: Sequence[tuple[Place, Rank, int]], ratio: f
         Kind and method, rank, and number of groups.
     ratio
         Time of the model over that of the original.
+    error
+        Its standard error.
     """
     if len(parts) == 1:
         ((place, rank, count),) = parts
         timings.add(place, rank, 1 - (1 - ratio) / count)
+        timings.add(_error_of(place), rank, error / count)
         return
     alone = [count * (1 - timings.of(place)[rank]) for place, rank, count in parts if rank in timings.of(place)]
     if len(alone) == len(parts) and sum(alone) >= TELLING:
         timings.add(MIXED, (1,), (1 - ratio) / sum(alone))
+
+
+def _error_of(place: Place) -> Place:
+    return Place(f"error of {place.layer}", place.method)
 
 
 def _known(timings: Timings | None, kind: str, method: str) -> Mapping[Rank, float]:
@@ -250,20 +257,25 @@ class WholeTimes:
         """Time what it takes to tell the latency of every candidate, as far as ``TABLE_SECONDS`` go."""
         if self._engine is None:
             return
-        start, waiting = time.perf_counter(), probes(self._subject, candidates, self._block, self._timings)
-        if waiting or not self._timings.of(MIXED):
-            waiting += mixes(probes(self._subject, candidates, self._block))
-        self.measured, self.wanted = 0, len(waiting)
+        every = probes(self._subject, candidates, self._block)
+        waiting = probes(self._subject, candidates, self._block, self._timings)
+        start, self.measured, self.wanted = time.perf_counter(), 0, len(waiting)
         for probe in waiting:
             if time.perf_counter() - start >= TABLE_SECONDS:
                 break
-            ratio = self._engine.ratio(self._stand_ins.model(probe.choices)[0])
-            parts = [(part.place, part.point[1], len(part.choices)) for part in probe.parts]
-            take_in(self._timings, parts, ratio)
+            self._learn(probe)
             self.measured += 1
             self._progress("latency", self.measured, self.wanted)
+        known = [probe for probe in every if probe.parts[0].point[1] in self._timings.of(probe.parts[0].place)]
+        for probe in mixes(known) if waiting or not self._timings.of(MIXED) else ():
+            self._learn(probe)
         self._timings.save()
         self._fit = None
+
+    def _learn(self, probe: Probe) -> None:
+        assert self._engine is not None
+        parts = [(part.place, part.point[1], len(part.choices)) for part in probe.parts]
+        take_in(self._timings, parts, *self._engine.ratio(self._stand_ins.model(probe.choices)[0]))
 
     def priced(self, candidates: Sequence[Sequence[Candidate]]) -> list[tuple[Candidate, ...]]:
         """`candidates` with their latency. A method not measured for a kind of which others were is taken to save none."""
@@ -290,7 +302,7 @@ class WholeTimes:
             return 1.0
         if self._engine is None:
             return plan.ratio("latency")
-        return self._engine.ratio(self._stand_ins.model(choices)[0])
+        return self._engine.ratio(self._stand_ins.model(choices)[0])[0]
 
     @property
     def _fitted(self) -> _Fit:
@@ -326,11 +338,14 @@ def _fit(subject: Subject, timings: Timings) -> _Fit:
     count = Counter(map(kind_of, subject.groups))
     groups = {kind_of(group): group for group in subject.groups}
     saved: dict[str, dict[Point, float]] = {kind: {} for kind in groups}
+    adding_up = float(np.clip(timings.of(MIXED).get((1,), 1.0), *ADDING_UP))
     for place, ranks in timings.places():
         if place.layer in saved:
-            saved[place.layer] |= {(place.method, rank): 1 - ratio for rank, ratio in ranks.items()}
-    adding_up = float(np.clip(timings.of(MIXED).get((1,), 1.0), *ADDING_UP))
-    saved = {kind: {point: adding_up * share for point, share in points.items()} for kind, points in saved.items()}
+            # a standard error less than was seen: among many that are measured, those that were lucky would be chosen
+            errors = timings.of(_error_of(place))
+            saved[place.layer] |= {
+                (place.method, rank): adding_up * (1 - ratio) - errors.get(rank, 0.0) for rank, ratio in ranks.items()
+            }
     least = {kind: max([*points.values(), 0.0]) for kind, points in saved.items()}
     # the savings of all kinds together are no more than all there is
     squeeze = min(1.0, 1 / max(sum(count[kind] * share for kind, share in least.items()), 1e-9))

@@ -29,10 +29,13 @@ class MeasuredModel:
         Kind of layer, method, rank, and number of groups changed.
     ratio
         Of the times.
+    error
+        Standard error of that.
     """
 
     parts: tuple[tuple[str, str, Rank, int], ...]
     ratio: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def _model(entry: Mapping[str, Any]) -> MeasuredModel:
     parts = tuple(_part(part) for part in entry["parts"])
     if not parts:
         raise ValueError("a model without parts")
-    return MeasuredModel(parts, _time(entry["ratio"]))
+    low, high = _time(entry["low_95"]), _time(entry["high_95"])
+    return MeasuredModel(parts, _time(entry["ratio"]), abs(high - low) / (2 * 1.96))
 
 
 def _part(part: Mapping[str, Any]) -> tuple[str, str, Rank, int]:
