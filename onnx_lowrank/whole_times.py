@@ -19,10 +19,11 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+from scipy.optimize import nnls
 
 from onnx_lowrank.candidates import Group, price, spread
 from onnx_lowrank.graph.model import Model
-from onnx_lowrank.pricing import Point, StandIns, points_of, priced, priced_together
+from onnx_lowrank.pricing import Point, StandIns, points_of, priced_together
 from onnx_lowrank.subject import Subject
 from onnx_lowrank.timings import Place, Timings
 from onnx_lowrank.types import Candidate, Cost, Layer, Plan, Progress, Rank, no_progress
@@ -53,6 +54,10 @@ ADDING_UP = 0.25, 1.5
 
 NO_TIME = 1e-3
 """Share of a layer's time that its chain takes at least: differences of two times may come out below zero."""
+
+DOUBT, OWN_DOUBT, MACS_DOUBT = 0.03, 0.3, 0.5
+"""Standard errors, as shares of a layer's time: of a line through what was measured, besides the measurement's own; and of what is
+thought of chains that nothing was measured of: none for themselves, and for their MACs what they take in the layer."""
 
 SEEN = 0.5
 """Share of a layer that the chain saving most stands for at least, when the layer's own time is told from it."""
@@ -282,14 +287,14 @@ class WholeTimes:
         groups, found = self._subject.groups, self._subject.found.layers
         alone = []
         for group, members in zip(groups, candidates, strict=False):
-            known, layer_ms = self._fitted.chains.get(self._kinds[group.names], {}), self._ms(group)
-            each = priced(group, members, layer_ms, partial(_of_method, known))
+            layer_ms, share_of = (
+                self._ms(group),
+                partial(self._fitted.share, self._kinds[group.names], group.dense.cost),
+            )
             alone.append(
                 tuple(
-                    replace(c, cost=replace(c.cost, latency_ms=layer_ms))
-                    if known and not c.dense and c.decomposition not in known
-                    else c
-                    for c in each
+                    replace(c, cost=replace(c.cost, latency_ms=layer_ms * (1.0 if c.dense else share_of(c))))
+                    for c in members
                 )
             )
         layers = {name: self._ms(group) / len(group.names) for group in groups for name in group.names}
@@ -314,10 +319,6 @@ class WholeTimes:
         return self._original_ms * self._fitted.layers[self._kinds[group.names]]
 
 
-def _of_method(known: Mapping[str, Mapping[Rank, float]], method: str) -> Mapping[Rank, float]:
-    return known.get(method, {})
-
-
 @dataclass(frozen=True)
 class _Fit:
     """Where the time of a model goes.
@@ -327,39 +328,72 @@ class _Fit:
     layers
         For each kind of group, its share of the time of the whole; together no more than 1.
     chains
-        For each kind and method, by rank, the share of the group's time that the chains take.
+        For each kind and method, what a chain takes for itself and for its MACs, as shares of the group's own.
     """
 
     layers: dict[str, float]
-    chains: dict[str, dict[str, dict[Rank, float]]]
+    chains: dict[str, dict[str, tuple[float, float]]]
+
+    def share(self, kind: str, dense: Cost, candidate: Candidate) -> float:
+        """Of the time of its group that a candidate takes."""
+        known, macs = self.chains.get(kind, {}), candidate.cost.macs / max(dense.macs, 1)
+        if not known:
+            return macs
+        if candidate.decomposition not in known:
+            return 1.0
+        own, each = known[candidate.decomposition]
+        return max(own + each * macs, NO_TIME)
 
 
 def _fit(subject: Subject, timings: Timings) -> _Fit:
     count = Counter(map(kind_of, subject.groups))
     groups = {kind_of(group): group for group in subject.groups}
-    saved: dict[str, dict[Point, float]] = {kind: {} for kind in groups}
     adding_up = float(np.clip(timings.of(MIXED).get((1,), 1.0), *ADDING_UP))
+    seen: dict[str, dict[Point, tuple[float, float]]] = {kind: {} for kind in groups}
     for place, ranks in timings.places():
-        if place.layer in saved:
-            # a standard error less than was seen: among many that are measured, those that were lucky would be chosen
+        if place.layer in seen:
             errors = timings.of(_error_of(place))
-            saved[place.layer] |= {
-                (place.method, rank): adding_up * (1 - ratio) - errors.get(rank, 0.0) for rank, ratio in ranks.items()
-            }
-    least = {kind: max([*points.values(), 0.0]) for kind, points in saved.items()}
+            for rank, ratio in ranks.items():
+                seen[place.layer][place.method, rank] = adding_up * (1 - ratio), errors.get(rank, 0.0)
+    # of the layers' own time, what was surely seen to go: among many that are measured, some are lucky
+    sure = {kind: {p: saved - error for p, (saved, error) in points.items()} for kind, points in seen.items()}
+    least = {kind: max([*points.values(), 0.0]) for kind, points in sure.items()}
     # the savings of all kinds together are no more than all there is
     squeeze = min(1.0, 1 / max(sum(count[kind] * share for kind, share in least.items()), 1e-9))
     least = {kind: squeeze * share for kind, share in least.items()}
-    whole = {kind: _whole_share(groups[kind], saved[kind], least[kind], subject.cost.macs) for kind in groups}
+    whole = {kind: _whole_share(groups[kind], sure[kind], least[kind], subject.cost.macs) for kind in groups}
     unseen = sum(count[kind] * (whole[kind] - least[kind]) for kind in groups)
     room = min(1.0, (1 - sum(count[kind] * share for kind, share in least.items())) / unseen) if unseen > 0 else 0.0
     layers = {kind: least[kind] + max(room, 0.0) * (whole[kind] - least[kind]) for kind in groups}
-    chains: dict[str, dict[str, dict[Rank, float]]] = {}
-    for kind, points in saved.items():
-        for (method, rank), share in points.items():
-            left = max((layers[kind] - squeeze * share) / layers[kind], NO_TIME) if layers[kind] > 0 else 1.0
-            chains.setdefault(kind, {}).setdefault(method, {})[rank] = left
+    chains: dict[str, dict[str, tuple[float, float]]] = {}
+    for kind, points in seen.items():
+        for method in {method for method, _ in points}:
+            known = [(rank, squeeze * s, e) for (of, rank), (s, e) in points.items() if of == method]
+            chains.setdefault(kind, {})[method] = _line(groups[kind], method, known, layers[kind])
     return _Fit(layers, chains)
+
+
+def _line(group: Group, method: str, points: Sequence[tuple[Rank, float, float]], whole: float) -> tuple[float, float]:
+    """What chains of a method take for themselves and for their MACs, as shares of the group's own time and MACs.
+
+    What was measured counts by how sure it is; beside it, a chain is thought to take what its MACs do in the layer.
+
+    Parameters
+    ----------
+    points
+        Rank, share of the model's time that was saved, and its standard error.
+    whole
+        Share of the model's time that the group takes.
+    """
+    if whole <= 0:
+        return 0.0, 1.0
+    rows, values = [[1 / OWN_DOUBT, 0.0], [0.0, 1 / MACS_DOUBT]], [0.0, 1 / MACS_DOUBT]
+    for rank, saved, error in points:
+        macs, doubt = price(group, method, rank, 0.0).cost.macs / max(group.dense.cost.macs, 1), error / whole + DOUBT
+        rows.append([1 / doubt, macs / doubt])
+        values.append((1 - saved / whole) / doubt)
+    (own, each), _ = nnls(np.array(rows), np.array(values))
+    return float(own), float(each)
 
 
 def _whole_share(group: Group, saved: Mapping[Point, float], least: float, macs: int) -> float:

@@ -118,9 +118,9 @@ def test_what_a_device_measures_makes_the_plan_and_is_called_predicted(
     result = lr.compress(tmp_path / "model.onnx", budget={"latency": 0.7}, target=str(out), **QUICK)
     (budget,) = result.report.budgets
     assert (budget.measured, budget.met, budget.reached) == (False, True, budget.predicted)
-    assert budget.reached == pytest.approx(0.6, abs=0.01)
+    assert 0.5 < budget.reached <= 0.7
     text = "\n".join(part for part in render_report(result.report) if isinstance(part, str))
-    assert "latency: asked 0.7, predicted 0.6, not measured" in text
+    assert f"latency: asked 0.7, predicted {budget.reached:.4g}, not measured - [green]met[/]" in text
     assert "it was not measured there" in text
     assert "--pair" in text
     assert result.report.to_dict()["budgets"][0]["measured"] is False
@@ -145,8 +145,8 @@ def test_mixes_go_along_and_are_heard(tmp_path: Path) -> None:
             entry |= dict.fromkeys(("ratio", "low_95", "high_95"), ratio)
         out.write_text(json.dumps(data))
         plan = lr.analyze(tmp_path / "model.onnx", budget={"latency": 0.8}, target=str(out), **QUICK)
-        reached.append(sum(not choice.dense for choice in plan.choices))
-    assert reached[0] < reached[1], "where savings do not add up, the same share takes more layers"
+        reached.append(plan.error)
+    assert reached[0] < reached[1], "where savings do not add up, the same share costs more"
 
 
 def test_a_run_that_was_interrupted_goes_on(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

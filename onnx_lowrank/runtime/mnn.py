@@ -152,14 +152,14 @@ def disagreement(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -
 
 def _convert(model: Path, out: Path) -> None:
     words = ["-f", "ONNX", "--modelFile", str(model.resolve()), "--MNNModel", str(out), "--bizCode", "onnx_lowrank"]
+    command, log = [sys.executable, "-c", CONVERT, "mnnconvert", *words], out.with_suffix(".log")
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", CONVERT, "mnnconvert", *words], capture_output=True, timeout=SECONDS, check=False
-        )
+        with open(log, "wb") as file:
+            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         raise LowRankError(f"MNN's converter gave no result in {SECONDS} seconds") from error
     if not out.is_file():  # it succeeds by its own word, whatever happens
-        lines = (done.stdout + done.stderr).decode(errors="replace").splitlines()
+        lines = log.read_text(errors="replace").splitlines()
         said = next((line for line in lines if "Check failed" in line or "ERROR" in line), f"code {done.returncode}")
         raise LowRankError(f"MNN cannot convert the model: {said.strip()}")
 
