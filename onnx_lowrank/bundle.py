@@ -18,11 +18,11 @@ from onnx_lowrank.graph.fixed import fixed
 from onnx_lowrank.graph.hollow import Hollow
 from onnx_lowrank.graph.save import check_destination
 from onnx_lowrank.pricing import StandIns
+from onnx_lowrank.probes import Part, digest, mixes, probes
 from onnx_lowrank.subject import Subject
 from onnx_lowrank.targets.measured import FORMAT
 from onnx_lowrank.types import Candidate, LowRankError, Progress
 from onnx_lowrank.verify import Feeds
-from onnx_lowrank.whole_times import Part, digest, mixes, probes
 
 WEIGHTS = "weights.bin"
 """Written on the device, by the script; beside the models, which read it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from onnx_lowrank.config import Config
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.save import save
+from onnx_lowrank.probes import digest
 from onnx_lowrank.runtime import (
     MNNSession,
     RunSettings,
@@ -25,7 +26,7 @@ from onnx_lowrank.subject import Subject
 from onnx_lowrank.timings import Timings, cache_folder
 from onnx_lowrank.types import LowRankError, Progress
 from onnx_lowrank.verify import Feeds, Latency, check_latency
-from onnx_lowrank.whole_times import WholeTimes, digest
+from onnx_lowrank.whole_times import WholeTimes
 
 ROUNDS, ROUND_SECONDS = 300, 0.8
 """Of one model beside the original."""

@@ -8,12 +8,13 @@ from onnx_lowrank.config import Config
 from onnx_lowrank.engines import OnMNN, mnn_times
 from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.latency import LatencyTable
+from onnx_lowrank.probes import digest
 from onnx_lowrank.quantize import beginnings
 from onnx_lowrank.subject import Subject
 from onnx_lowrank.targets import Results, Target
 from onnx_lowrank.timings import Place, Timings
 from onnx_lowrank.types import Candidate, LowRankError, Progress
-from onnx_lowrank.whole_times import WholeTimes, digest, take_in
+from onnx_lowrank.whole_times import WholeTimes, take_in
 
 Table = LatencyTable | WholeTimes
 """What a planner asks for times."""

@@ -16,16 +16,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from tests.test_probes import net
 
 import onnx_lowrank as lr
-from onnx_lowrank import whole_times
+from onnx_lowrank import probes
 from onnx_lowrank.cli import main
 from onnx_lowrank.report.text import render_report
 from onnx_lowrank.types import LowRankError
 from tests import tiny
 from tests.helpers import normal
 from tests.test_latency import residual
-from tests.test_whole_times import net
 
 QUICK = {"methods": "channel_svd,svd", "align": 4, "jobs": 1}
 OPTIONS = ["--rounds", "10", "--seconds", "0"]
@@ -34,7 +34,7 @@ OPTIONS = ["--rounds", "10", "--seconds", "0"]
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle of a small network with a normalisation, unpacked."""
-    monkeypatch.setattr(whole_times, "MIXES", 1)
+    monkeypatch.setattr(probes, "MIXES", 1)
     (tmp_path / "model.onnx").write_bytes(residual().SerializeToString())
     made = lr.bundle(tmp_path / "model.onnx", tmp_path / "out.zip", **QUICK)
     assert made.size_bytes == (tmp_path / "out.zip").stat().st_size
@@ -139,7 +139,7 @@ def test_mixes_go_along_and_are_heard(tmp_path: Path) -> None:
     assert module.main(["--out", str(out)]) == 0
     data = json.loads(out.read_text())
     several = [entry for entry in data["timed"] if len(entry["parts"]) > 1]
-    assert len(several) == whole_times.MIXES
+    assert len(several) == probes.MIXES
     for ratio in (0.4, 0.6):  # three kinds save a fifth each alone: 0.6 in all, and together this
         for entry in several:
             entry |= dict.fromkeys(("ratio", "low_95", "high_95"), ratio)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import onnx_lowrank as lr
-from onnx_lowrank import engines, whole_times
+from onnx_lowrank import engines, probes
 from onnx_lowrank.cli import main
 from onnx_lowrank.runtime import MNN, MNNSession, Session, disagreement, mnn
 from onnx_lowrank.timings import FOLDER
@@ -73,8 +73,8 @@ def test_a_model_that_mnn_does_not_take_is_one_line(residual_path: Path, tmp_pat
 
 
 def test_the_latency_that_is_reported_is_that_of_mnn(residual_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_times, "MODELS", 2)
-    monkeypatch.setattr(whole_times, "MIXES", 1)
+    monkeypatch.setattr(probes, "MODELS", 2)
+    monkeypatch.setattr(probes, "MIXES", 1)
     monkeypatch.setattr(engines, "ROUND_SECONDS", 0.0)
     monkeypatch.setattr(engines.OnMNN, "ratio", lambda self, model: (0.6, 0.0))
     result = lr.compress(residual_path, budget={"latency": 0.9}, target="mnn", methods="channel_svd", align=4, jobs=1)

@@ -8,15 +8,17 @@ from pathlib import Path
 import onnx
 import pytest
 
+from onnx_lowrank import probes as probing
 from onnx_lowrank import whole_times
 from onnx_lowrank.candidates import Group, group_candidates
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.planner import Planner
+from onnx_lowrank.probes import digest, kind_of, mixes, picked, probes
 from onnx_lowrank.subject import Subject, open_subject
 from onnx_lowrank.timings import Timings
 from onnx_lowrank.types import Budget, Candidate, Cost, Plan, no_progress
-from onnx_lowrank.whole_times import MIXED, WholeTimes, digest, kind_of, mixes, picked, probes
+from onnx_lowrank.whole_times import MIXED, WholeTimes
 from tests.helpers import normal, parse
 
 NET = """g (float[N, 16, 8, 8] x) => (float[N, 16, 8, 8] y) {
@@ -88,7 +90,7 @@ def test_what_is_told_of_the_layers_adds_up_to_what_was_timed(subject: Subject) 
     engine, every = Engine(subject), candidates_of(subject)
     made = table(subject, engine)
     made.fill(every)
-    assert made.measured == made.wanted == len(engine.asked) - whole_times.MIXES
+    assert made.measured == made.wanted == len(engine.asked) - probing.MIXES
     priced = made.priced(every)
     dense = [members[0].cost.latency_ms for members in priced]
     assert made.rest + sum(dense) == pytest.approx(made.original.latency_ms) == pytest.approx(10.0)
@@ -108,18 +110,18 @@ def test_all_layers_of_one_kind_are_changed_at_once_and_the_models_are_few(
     found = probes(subject, every, BLOCK)
     assert all(len(probe.parts) == 1 for probe in found)
     assert {tuple(n for c in probe.choices for n in c.layers) for probe in found} == {("a", "b"), ("c",), ("d",)}
-    assert len(found) <= 3 * (2 * whole_times.POINTS + whole_times.POINTS + 1)
-    monkeypatch.setattr(whole_times, "MODELS", 3)
+    assert len(found) <= 3 * (2 * probing.POINTS + probing.POINTS + 1)
+    monkeypatch.setattr(probing, "MODELS", 3)
     few = probes(subject, every, BLOCK)
     assert few == found[:3]
     assert len({probe.parts[0].kind for probe in few}) == 3, "every kind of layer gets its turn"
 
 
 def test_a_kind_of_layer_that_hardly_counts_gets_no_model(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_times, "LEAST_SHARE", 0.32)  # a and b are a third of all; c and d are each
+    monkeypatch.setattr(probing, "LEAST_SHARE", 0.32)  # a and b are a third of all; c and d are each
     names = {c.layers for probe in probes(subject, candidates_of(subject), BLOCK) for c in probe.choices}
     assert names == {("a",), ("b",), ("c",), ("d",)}
-    monkeypatch.setattr(whole_times, "LEAST_SHARE", 0.34)
+    monkeypatch.setattr(probing, "LEAST_SHARE", 0.34)
     assert probes(subject, candidates_of(subject), BLOCK) == ()
 
 
@@ -175,7 +177,7 @@ def test_mixes_are_made_of_chains_that_are_timed_alone(subject: Subject) -> None
     single = probes(subject, candidates_of(subject), BLOCK)
     parts = {probe.parts[0] for probe in single}
     made = mixes(single)
-    assert len(made) == whole_times.MIXES
+    assert len(made) == probing.MIXES
     assert all(set(mix.parts) <= parts and len(mix.parts) == 3 for mix in made)
     assert made == mixes(single)
     assert mixes([probe for probe in single if probe.parts[0].kind == single[0].parts[0].kind]) == ()
@@ -184,7 +186,7 @@ def test_mixes_are_made_of_chains_that_are_timed_alone(subject: Subject) -> None
 def test_a_method_that_was_not_timed_is_not_chosen_for_its_macs(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(whole_times, "MODELS", 3)  # the first method of each kind
+    monkeypatch.setattr(probing, "MODELS", 3)  # the first method of each kind
     every = candidates_of(subject)
     made = table(subject, Engine(subject))
     made.fill(every)
@@ -255,4 +257,4 @@ def test_ranks_that_stand_for_all_reach_from_end_to_end() -> None:
     assert picked([(1,), (2,), (4,)], 8) == [(2,), (4,), (1,)]
     assert picked([(3,)], 8) == [(3,)]
     assert picked([], 8) == []
-    assert len(picked([(8 * i, 8 * j) for i in range(1, 5) for j in range(1, 5)], 8)) == whole_times.POINTS + 1
+    assert len(picked([(8 * i, 8 * j) for i in range(1, 5) for j in range(1, 5)], 8)) == probing.POINTS + 1

@@ -197,6 +197,7 @@ def bundle(args: argparse.Namespace) -> int:
     except Exception as error:
         raise Refused(f"the original does not run on {args.provider}: {str(error).splitlines()[0]}") from error
     results["placement"] = original.placement
+    write(args.out, results)  # what cannot be written is told before the work
     done, models = {entry["file"] for entry in results["timed"]}, manifest["timed"]
     for number, model in enumerate(models, 1):
         if model["file"] in done:
@@ -250,7 +251,6 @@ def begun(args: argparse.Namespace, manifest: dict[str, Any]) -> dict[str, Any]:
         "timed": [],
     }
     if not args.out.exists():
-        write(args.out, new)  # what cannot be written is told before the work
         return new
     try:
         found = json.loads(args.out.read_text(encoding="utf-8"))
