@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from tests.test_probes import net
 
 import onnx_lowrank as lr
 from onnx_lowrank import probes
@@ -26,6 +25,7 @@ from onnx_lowrank.types import LowRankError
 from tests import tiny
 from tests.helpers import normal
 from tests.test_latency import residual
+from tests.test_whole_times import net
 
 QUICK = {"methods": "channel_svd,svd", "align": 4, "jobs": 1}
 OPTIONS = ["--rounds", "10", "--seconds", "0"]
