@@ -76,7 +76,7 @@ def test_the_latency_that_is_reported_is_that_of_mnn(residual_path: Path, monkey
     monkeypatch.setattr(probes, "MODELS", 2)
     monkeypatch.setattr(probes, "MIXES", 1)
     monkeypatch.setattr(engines, "ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(engines.OnMNN, "ratio", lambda self, model: (0.6, 0.0))
+    monkeypatch.setattr(engines.OnMNN, "ratio", lambda self, model, **options: (0.6, 0.0))
     result = lr.compress(residual_path, budget={"latency": 0.9}, target="mnn", methods="channel_svd", align=4, jobs=1)
     (latency,) = result.report.latency
     assert latency.provider == MNN

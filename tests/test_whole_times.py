@@ -67,7 +67,7 @@ class Engine:
         ]
         return 0.9 * sum(each)
 
-    def ratio(self, model: Model) -> tuple[float, float]:
+    def ratio(self, model: Model, *, thorough: bool = False) -> tuple[float, float]:
         choices = self.asked[-1]
         several = len({kind_of(self._groups[c.layers]) for c in choices}) > 1
         return 1 - self.saved(choices) * (self.adding_up if several else 1.0), self.error
