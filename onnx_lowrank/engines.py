@@ -28,7 +28,7 @@ from onnx_lowrank.types import LowRankError, Progress
 from onnx_lowrank.verify import Feeds, Latency, check_latency
 from onnx_lowrank.whole_times import WholeTimes
 
-ROUNDS, ROUND_SECONDS, CHECK_SECONDS = 600, 0.8, 5.0
+ROUNDS, ROUND_SECONDS, CHECK_SECONDS = 600, 1.6, 5.0
 """Of one model beside the original; a whole plan is looked at for longer."""
 
 

@@ -158,7 +158,7 @@ def test_what_is_uncertain_is_not_counted_on(subject: Subject) -> None:
     assert foretold[1] < foretold[0]
 
 
-@pytest.mark.parametrize("adding_up", [0.7, 1.2])
+@pytest.mark.parametrize("adding_up", [0.5, 0.7, 1.2])
 def test_savings_that_do_not_add_up_are_corrected_by_mixes(subject: Subject, adding_up: float) -> None:
     every, gains = candidates_of(subject), []
     for factor in (1.0, adding_up):
@@ -170,7 +170,7 @@ def test_savings_that_do_not_add_up_are_corrected_by_mixes(subject: Subject, add
         cheapest = [min(members, key=lambda c: c.cost.latency_ms).cost.latency_ms for members in priced]
         gains.append(sum(members[0].cost.latency_ms for members in priced) - sum(cheapest))
         assert made._timings.of(MIXED)[(1,)] == pytest.approx(factor, rel=1e-3)
-    assert gains[1] / gains[0] == pytest.approx(adding_up, rel=0.02)
+    assert gains[1] / gains[0] == pytest.approx(min(adding_up, 1.0), rel=0.02), "more beside others than alone is noise"
 
 
 def test_mixes_are_made_of_chains_that_are_timed_alone(subject: Subject) -> None:

@@ -28,7 +28,7 @@ from onnx_lowrank.types import Budget, Plan, no_progress
 from tools.benchmark_latency import fastest
 
 FILES = {"cifar10_resnet56": "model_bn.onnx", "vgg16_cifar10": ""}
-ROUNDS, SECONDS = 400, 8.0
+ROUNDS, SECONDS = 2000, 15.0
 STEPS = 10
 
 
