@@ -3,7 +3,7 @@
 from onnx_lowrank import budgets, decompositions, ranks
 from onnx_lowrank.config import Config, make_config
 from onnx_lowrank.integrations.calibration import CalibrationReader
-from onnx_lowrank.pipeline import Inspection, Result, Verification, analyze, apply, compress, inspect, verify
+from onnx_lowrank.pipeline import Inspection, Result, Verification, analyze, apply, bundle, compress, inspect, verify
 from onnx_lowrank.report.data import Report
 from onnx_lowrank.types import Budget, Candidate, Cost, LowRankError, Plan, Skip
 
@@ -23,6 +23,7 @@ __all__ = [
     "analyze",
     "apply",
     "budgets",
+    "bundle",
     "compress",
     "decompositions",
     "inspect",

@@ -117,6 +117,7 @@ class Bench:
         if config.needs_latency:
             first.check_times()
         del first
+        self._engine = planner.engine
         self._objection = check_model(self._path)
         files = {given, *_data_files(subject.model)} if given else self._path.parent.iterdir()
         self.original = Size(subject.cost.macs, subject.cost.params, _bytes(files))
@@ -337,6 +338,9 @@ class Bench:
 
     def _time(self, attempt: Attempt) -> Latency:
         config, subject = self.planner.config, self.planner.subject
+        if self._engine is not None:
+            with self.planner.stage("latency"):
+                return self._engine.latency(attempt.path)
         feeds = (
             subject.feeds(config.batch_size)
             if self._data is None

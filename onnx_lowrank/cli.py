@@ -91,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("other", metavar="OTHER")
     _options(sub, "data", "inputs", "target", "provider", "latency", "reports")
 
+    sub = command("bundle", _bundle, "models and a script that measure on a device what a plan for it needs")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("out", metavar="OUT.zip")
+    _options(sub, "layers", "inputs", "target", "latency", "work")
+
     sub = command(
         "providers", _providers, "the execution providers of this build of ONNX Runtime, and which of them work here"
     )
@@ -205,7 +210,10 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "target": (
         (
             "--target",
-            {"metavar": "NAME", "help": f"what the result is to run on: {', '.join(TARGETS)} (default: cpu)"},
+            {
+                "metavar": "NAME",
+                "help": f"what the result is to run on: {', '.join(TARGETS)}, or results of a bundle (.json) (default: cpu)",
+            },
         ),
     ),
     "provider": (
@@ -302,6 +310,21 @@ def _verify(arguments: argparse.Namespace) -> int:
     return MET if check.met else UNMET
 
 
+def _bundle(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    _check_files(arguments, config, arguments.out)
+    with _progress(arguments) as progress:
+        made = pipeline.bundle(arguments.model, arguments.out, config=config, progress=progress)
+    size, later = made.size_bytes / 1e6, made.weights_bytes / 1e6
+    said = (
+        f"{made.models} models and the original, {size:.1f} MB; {later:.1f} MB of random weights are made on the device"
+    )
+    steps = "There: unpack it, then `python bench.py` (--help shows its options). Here again: --target results.json"
+    _print(arguments, [Text(said), Text(steps)])
+    _print(arguments, [Text(f"written: {made.path}")], wrap=False)
+    return MET
+
+
 def _providers(arguments: argparse.Namespace) -> int:
     lines = [f"{name}: {state}" for name, state in pipeline.providers(config=_config(arguments))]
     checks = [f"--target {target.name}: {target.without}" for target in TARGETS.values() if target.without]
@@ -311,7 +334,7 @@ def _providers(arguments: argparse.Namespace) -> int:
     return MET
 
 
-FILES_READ = ("other", "plan_file", "config", "calibrate", "evaluate", "train", "preprocess")
+FILES_READ = ("other", "plan_file", "target", "config", "calibrate", "evaluate", "train", "preprocess")
 
 
 def _check_files(arguments: argparse.Namespace, config: Config, *files: str | None) -> None:

@@ -112,7 +112,8 @@ class Config:
     align
         Multiple that ranks are kept to; None takes the block size of this machine's kernels.
     target
-        Key of ``TARGETS``: what the result is to run on. It says which formats a layer may take and what ranks are kept
+        Key of ``TARGETS``, or a JSON file of times that ``bench.py`` of a bundle measured on a device: what the result is to
+        run on. It says which formats a layer may take and what ranks are kept
         to, and where it is told without the device, the result is not cut into more parts than the original.
     provider, threads, batch_size, input_shape
         What the models are run and timed on; `input_shape` maps input names to sizes.
@@ -211,6 +212,11 @@ class Config:
         """Whether plans go by the time that layers take."""
         goals = [b.metric for b in self.budget] or ([self.objective] if self.max_drop is not None else [])
         return "latency" in goals
+
+    @property
+    def foretold(self) -> bool:
+        """Whether latency is that of a device that is not here: `target` is a file of times."""
+        return self.target.endswith(".json")
 
     @property
     def accelerated(self) -> bool:

@@ -20,20 +20,18 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-
-import numpy as np
-from scipy.optimize import nnls
 
 from onnx_lowrank.candidates import Group, price, spread
 from onnx_lowrank.config import Config
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.owners import Owned, own_nodes, owners
 from onnx_lowrank.graph.save import save
-from onnx_lowrank.graph.splice import Replacement, splice
+from onnx_lowrank.pricing import Point, StandIns, points_of, priced, priced_together
 from onnx_lowrank.quantize import as_quantized
 from onnx_lowrank.runtime import (
     Profile,
@@ -49,7 +47,7 @@ from onnx_lowrank.runtime import (
 )
 from onnx_lowrank.subject import Subject
 from onnx_lowrank.timings import Place, Timings, cache_folder
-from onnx_lowrank.types import Candidate, Chain, Cost, Layer, Plan, Progress, Rank
+from onnx_lowrank.types import Candidate, Cost, Plan, Progress, Rank
 from onnx_lowrank.verify import Feeds
 
 POINTS = 6
@@ -143,14 +141,13 @@ class LatencyTable:
         """
         self._subject, self._feeds, self._progress = subject, feeds, progress
         self._settings = subject.settings(config)
-        self._rng = np.random.default_rng(config.seed)
+        self._stand_ins = StandIns(subject, config.seed)
         self._given = subject.model.path
         self._quantize, self._beginning = config.quantize != "none", beginning
         self._timings = Timings(self._environment(config), cache_folder())
         self.measured = self.wanted = 0
         """Points measured, and how many there were to measure."""
         self._aside_ms, self._nodes = 0.0, 0
-        self._gains: dict[str, float] = {}
         self._own_nodes = own_nodes(subject.model, subject.found)
         with self._bench() as bench:
             self._first = bench.profile(bench.path)
@@ -207,18 +204,12 @@ class LatencyTable:
 
     def priced(self, candidates: Sequence[Sequence[Candidate]]) -> list[tuple[Candidate, ...]]:
         """`candidates` with their latency, as far as it is known now."""
-        groups = self._subject.groups
-        alone = [self._priced(group, members) for group, members in zip(groups, candidates, strict=False)]
-        return [*alone, *(self._together(members) for members in candidates[len(groups) :])]
-
-    def _together(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-        """Candidates over several layers: their time is taken to follow their MACs until the whole is checked."""
-        names = candidates[0].layers
-        before = sum(self._dense.layers.get(name, 0.0) for name in names)
-        macs = sum(layer.macs for layer in self._subject.found.layers if layer.name in names)
-        return tuple(
-            replace(c, cost=replace(c.cost, latency_ms=before * c.cost.macs / max(macs, 1))) for c in candidates
-        )
+        groups, layers = self._subject.groups, self._subject.found.layers
+        alone = [
+            priced(group, members, self._dense.of(group), partial(self._known, self._kinds[group.names]))
+            for group, members in zip(groups, candidates, strict=False)
+        ]
+        return [*alone, *(priced_together(c, layers, self._dense.layers) for c in candidates[len(groups) :])]
 
     def check(self, plan: Plan) -> float:
         """Measured latency of a whole plan as a share of the original's; what is seen of its layers is learned."""
@@ -287,18 +278,8 @@ class LatencyTable:
 
     def _learn(self, bench: _Bench, choices: Sequence[Candidate], *, whole: bool) -> float:
         """Time the model with `choices` made, all at once; the share that its `whole` takes of the original's time."""
-        subject = self._subject
-        groups = {group.names: group for group in subject.groups}
-        replacements = []
-        layers = {layer.name: layer for layer in subject.found.layers}
-        for choice in choices:
-            made: dict[tuple[tuple[int, ...], ...], list[np.ndarray]] = {}  # of a kernel that is shared there is one
-            for name, chain in zip(choice.layers, choice.chains, strict=True):
-                shapes = tuple(stage.spec.weight_shape for stage in chain)
-                if shapes not in made:
-                    made[shapes] = self._kernels(layers[name], chain)
-                replacements.append(Replacement(name, choice.decomposition, choice.rank, chain, made[shapes]))
-        model, nodes = splice(subject.model, subject.found, replacements)
+        groups = {group.names: group for group in self._subject.groups}
+        model, nodes = self._stand_ins.model(choices)
         path, written = bench.write(model)
         profile, ratio = bench.profile(path), math.nan
         if whole:
@@ -315,52 +296,18 @@ class LatencyTable:
                 self._timings.add(Place(self._kinds[group.names], choice.decomposition), choice.rank, after / before)
         return ratio
 
-    def _kernels(self, layer: Layer, chain: Chain) -> list[np.ndarray]:
-        """Random kernels of a chain that leaves activations about as large as the layer does: tiny ones would be slow."""
-        gain = self._gain(layer)
-        shapes = [stage.spec.weight_shape for stage in chain]
-        kernels = [self._rng.standard_normal(s, dtype=np.float32) / math.sqrt(math.prod(s[1:])) for s in shapes]
-        return [*kernels[:-1], kernels[-1] * np.float32(gain)]
-
-    def _gain(self, layer: Layer) -> float:
-        """How much larger a layer makes its input; its kernel is read once."""
-        if layer.name not in self._gains:
-            weight = layer.read_weight()
-            norm = float(np.linalg.norm(weight.astype(np.float32).ravel()))
-            self._gains[layer.name] = norm / math.sqrt(max(len(weight), 1))
-        return self._gains[layer.name]
-
-    def _waiting(self, candidates: Sequence[Sequence[Candidate]]) -> dict[str, list[tuple[str, Rank]]]:
+    def _waiting(self, candidates: Sequence[Sequence[Candidate]]) -> dict[str, list[Point]]:
         """For each kind of layer, what is to be measured: of every method the middle first, then the ends, then between."""
-        waiting: dict[str, list[tuple[str, Rank]]] = {}
+        waiting: dict[str, list[Point]] = {}
         for group, members in zip(self._subject.groups, candidates, strict=False):
             kind = self._kinds[group.names]
             if kind in waiting or self._dense.of(group) <= 0:
                 continue
-            queues = []
-            for method in sorted({c.decomposition for c in members if not c.dense}):
-                ranks = spread([c.rank for c in members if c.decomposition == method], POINTS)
-                known = self._timings.of(Place(kind, method))
-                queues.append([(method, rank) for rank in ranks if rank not in known])
-            rounds = itertools.zip_longest(*queues)
-            waiting[kind] = [point for each in rounds for point in each if point is not None]
+            waiting[kind] = points_of(members, partial(spread, count=POINTS), partial(self._known, kind))
         return waiting
 
-    def _priced(self, group: Group, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-        kind, dense_ms = self._kinds[group.names], self._dense.of(group)
-        dense = group.dense.cost
-        shares: dict[Candidate, float] = {}
-        for method in {c.decomposition for c in candidates if not c.dense}:
-            members = [c for c in candidates if c.decomposition == method]
-            known = self._timings.of(Place(kind, method))
-            if known:
-                values = interpolated(known, [c.rank for c in members])
-            else:
-                values = np.array([c.cost.macs / max(dense.macs, 1) for c in members])
-            shares.update(zip(members, map(float, values), strict=True))
-        return tuple(
-            replace(c, cost=replace(c.cost, latency_ms=dense_ms * (1.0 if c.dense else shares[c]))) for c in candidates
-        )
+    def _known(self, kind: str, method: str) -> dict[Rank, float]:
+        return self._timings.of(Place(kind, method))
 
 
 def _kind(group: Group, owned: Sequence[Owned]) -> str:
@@ -370,35 +317,3 @@ def _kind(group: Group, owned: Sequence[Owned]) -> str:
         + " ".join(node.op_type for node in owned if node.layer == layer.name)
         for layer in group.layers
     )
-
-
-def interpolated(known: Mapping[Rank, float], ranks: Sequence[Rank]) -> np.ndarray:
-    """Latency at `ranks`, from that at others: what was measured is taken as it is.
-
-    Along one mode a line between neighbours, and level below the smallest. Over two modes the chain's stages take time
-    in proportion to either rank and to the product of both, and something of their own.
-
-    Examples
-    --------
-    >>> interpolated({(8,): 0.2, (16,): 0.4}, [(4,), (8,), (12,), (24,)]).round(2).tolist()
-    [0.2, 0.2, 0.3, 0.6]
-    """
-    points = np.array([list(rank) for rank in known], dtype=np.float64)
-    shares = np.array(list(known.values()))
-    wanted = np.array([list(rank) for rank in ranks], dtype=np.float64)
-    if points.shape[1] == 1:
-        order = np.argsort(points[:, 0])
-        x, y = points[order, 0], np.maximum.accumulate(shares[order])
-        values = np.interp(wanted[:, 0], x, y)
-        if len(x) > 1:
-            beyond = wanted[:, 0] > x[-1]
-            values[beyond] += (wanted[beyond, 0] - x[-1]) * (y[-1] - y[-2]) / (x[-1] - x[-2])
-        return values
-    terms = _terms(points) / shares[:, None]
-    weights, _ = nnls(terms, np.ones(len(shares)))
-    values = _terms(wanted) @ weights
-    return np.array([known.get(rank, value) for rank, value in zip(ranks, values, strict=True)])
-
-
-def _terms(ranks: np.ndarray) -> np.ndarray:
-    return np.column_stack([np.ones(len(ranks)), ranks, ranks.prod(axis=1)])  # (n, 2) -> (n, 4)

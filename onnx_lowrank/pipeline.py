@@ -10,6 +10,7 @@ from typing import Any
 
 from onnx_lowrank import runtime
 from onnx_lowrank.bench import Attempt, Bench, open_bench
+from onnx_lowrank.bundle import Bundle, write_bundle
 from onnx_lowrank.config import PLANNED, Config, make_config
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.probe import probe_model
@@ -251,6 +252,33 @@ def inspect(
     return Inspection(planner.subject.cost, tuple(views), planner.skips(), planner.subject.notes, repeated)
 
 
+def bundle(
+    model: Any, out: str | Path, *, config: Config | None = None, progress: Progress = no_progress, **options: Any
+) -> Bundle:
+    """Write an archive that measures on a device what plans for it need: models without weights, and ``bench.py``.
+
+    Parameters
+    ----------
+    model
+        A path, a ModelProto, a graphsurgeon Graph or an onnx-ir Model.
+    out
+        Archive to write. What its ``bench.py`` writes on the device is a ``target`` of the other functions.
+
+    Raises
+    ------
+    LowRankError
+        For a model or an option that cannot be used, or a model without a layer to decompose.
+    """
+    config = configured(config, options)
+    planner = Planner(open_subject(model, config), config, progress)
+    if planner.target.engine:
+        raise LowRankError(
+            f"a bundle runs ONNX Runtime on the device, and target {planner.target.name} was given: leave it out"
+        )
+    made_for = planner.target.results.target if planner.target.results else planner.target.name
+    return write_bundle(planner.subject, config, planner.candidates(), made_for, planner.block, Path(out), progress)
+
+
 def providers(*, config: Config | None = None, **options: Any) -> tuple[tuple[str, str], ...]:
     """Execution providers that this build of ONNX Runtime has a name for, and what each does on this machine.
 
@@ -312,8 +340,10 @@ def _on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, 
         for result in results
         if not result.met
     ]
-    if not results and not planner.timed_on_target:
+    if not results and not planner.timed_on_target and target.without:
         notes.append(f"how {target.name} cuts the models is not told without it; checked here: {target.without}")
+    if planner.target.results:
+        notes.append("run `bench.py --pair ORIGINAL RESULT` on the device to measure what is predicted here")
     if not planner.timed_on_target:
         notes.append(f"times are those of {provider} on this machine, and say nothing of {target.name}")
     return tuple(notes)
@@ -337,7 +367,7 @@ def _advice(planner: Planner, best: Attempt, latency: Latency) -> tuple[str, ...
         notes.append(
             f"layers were fitted on {used} of {given} calibration samples: the activations of more do not fit into memory"
         )
-    if best.layers and latency.speedup_high_95 < 1:
+    if best.layers and latency.speedup_high_95 < 1 and planner.timed_on_target:
         notes.append(
             f"the result is slower than the original ({latency.speedup:.2f}x): its layers are too small for this machine "
             f"to gain; use --max-drop, or leave layers out with --exclude"

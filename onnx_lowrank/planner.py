@@ -25,19 +25,18 @@ from onnx_lowrank.candidates import (
 )
 from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, is_joint
+from onnx_lowrank.engines import OnMNN
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.sections import alike
-from onnx_lowrank.graph.shapes import infer
-from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.parallel import run_all
 from onnx_lowrank.placement import Placement
-from onnx_lowrank.quantize import beginnings
 from onnx_lowrank.ranks import parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
 from onnx_lowrank.sensitivity import agreeing, interpolated, measured
 from onnx_lowrank.subject import Subject, open_config_data
+from onnx_lowrank.tables import Table, check_target, filled_tables
 from onnx_lowrank.targets import Target, find_target
 from onnx_lowrank.types import (
     Budget,
@@ -119,7 +118,8 @@ class Planner:
         self._solver, self.target = find_solver(config.solver), find_target(config.target)
         self.placement = Placement(subject, self.target)
         self.timed_on_target = _times_are_of(self.target, config)
-        if config.needs_latency and not self.timed_on_target:
+        check_target(subject, config, self.target)
+        if config.needs_latency and not (self.timed_on_target or self.target.results):
             raise LowRankError(
                 f"latency on target {self.target.name} cannot be told by {config.provider}: give a budget on macs or params "
                 f"(--objective macs with --max-drop), or --provider {self.target.provider} where there is one"
@@ -133,8 +133,8 @@ class Planner:
         self._candidates: list[tuple[Candidate, ...]] | None = None
         self._unmeasured: list[tuple[Candidate, ...]] | None = None
         self._by_accuracy: list[tuple[Candidate, ...]] | None = None
-        self._table: LatencyTable | None = None
-        self._tables: list[LatencyTable] = []
+        self._table: Table | None = None
+        self._tables: list[Table] = []
         self._latency_notes: tuple[str, ...] = ()
         self._refused: tuple[Skip, ...] = ()
         self.fitted_on = 0, 0
@@ -226,6 +226,14 @@ class Planner:
                 jobs=self.config.workers,
                 progress=self.progress,
             )
+
+    @cached_property
+    def engine(self) -> OnMNN | None:
+        """What times models on the target in the place of ONNX Runtime; None where that does it itself."""
+        if not self.target.engine:
+            return None
+        with self.stage("latency"):
+            return OnMNN(self.subject, self.config, self.subject.feeds(self.config.batch_size))
 
     def _methods(self, index: int, group: Group) -> tuple[str, ...]:
         """The methods for a group: those asked for, or by default those whose fit is a matter of seconds."""
@@ -340,20 +348,11 @@ class Planner:
         """Whether the latency of candidates is known; it is measured here where the configuration needs it."""
         if self._table is None and not self._latency_notes and self.config.needs_latency:
             candidates = self.candidates()
-            subject, config = self.subject, self.config
-            ways = (
-                1
-                if config.quantize == "none"
-                else len(beginnings(subject.model, infer(subject.model, subject.sample_shapes)))
-            )
+            engine = self.engine
             with self.stage("latency"):
-                feeds = subject.feeds(config.batch_size)
-                for way in range(ways):
-                    table = LatencyTable(subject, config, feeds, self.progress, way)
-                    if table.usable:
-                        table.fill(candidates)
-                        self._tables.append(table)
-                    self._latency_notes = self._latency_notes or _table_notes(table, config)
+                self._tables, self._latency_notes = filled_tables(
+                    self.subject, self.config, self.target, engine, self.block, candidates, self.progress
+                )
             self._table = next(iter(self._tables), None)
         return self._table is not None
 
@@ -548,6 +547,8 @@ class Planner:
 def _times_are_of(target: Target, config: Config) -> bool:
     """Whether what the models are timed on is the target."""
     short = target.provider.removesuffix("ExecutionProvider")
+    if target.engine or target.results:
+        return target.engine
     return target is find_target("cpu") or config.provider.lower() in (target.provider.lower(), short.lower())
 
 
@@ -586,21 +587,6 @@ def _as_measured(
         )
         for c in together
     )
-
-
-def _table_notes(table: LatencyTable, config: Config) -> tuple[str, ...]:
-    """What the user should know of the times that a plan is made by."""
-    if not table.usable:
-        return (
-            f"the time of single layers cannot be told on {config.provider}: the plan goes by MACs, "
-            f"and the latency of the whole was measured",
-        )
-    if table.measured < table.wanted:
-        return (
-            f"the latency of {table.measured} of {table.wanted} chains was measured in the time given, that of the rest "
-            f"estimated; what was measured is kept for the next run",
-        )
-    return ()
 
 
 def _of_group(group: Group, seen: Mapping[str, LayerStatistics]) -> list[LayerStatistics] | None:

@@ -42,6 +42,10 @@ def budget_results(
         return ()
     results = []
     for budget in config.budget:
+        if budget.metric == "latency" and config.foretold:
+            share = attempt.plan.ratio("latency")
+            results.append(BudgetResult("latency", budget.ratio, share, share <= budget.ratio, share, measured=False))
+            continue
         reached = _reached(budget.metric, original, attempt, latency)
         if reached is not None:
             timed = budget.metric == "latency" and attempt.plan.original.latency_ms
@@ -78,7 +82,7 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
     best: Attempt | None = None
     for _ in range(CORRECTIONS if measured else 1):
         attempt = bench.attempt(*_plans(planner, ratios))
-        latency = bench.latency(attempt) if "latency" in ratios else None
+        latency = bench.latency(attempt) if "latency" in ratios and not planner.config.foretold else None
         missed = [
             r
             for r in budget_results(planner.config, bench.original, attempt, latency)
@@ -158,7 +162,7 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
     planner.progress("search", SEARCH_STEPS, SEARCH_STEPS)
     if not best.layers:
         return _left(dense, planner, f"no plan lost as little as {config.max_drop:g}: the model is left as it is")
-    if config.objective == "latency" and bench.latency(best).speedup_high_95 < 1:
+    if config.objective == "latency" and not config.foretold and bench.latency(best).speedup_high_95 < 1:
         return _left(
             dense, planner, "every plan that holds the accuracy is slower than the original: it is left as it is"
         )

@@ -59,6 +59,11 @@ class Timings:
         found = self._shares.get(place.layer, {}).get(place.method, {})
         return {tuple(map(int, rank.split("x"))): sum(each) / len(each) for rank, each in found.items()}
 
+    def places(self) -> list[tuple[Place, dict[Rank, float]]]:
+        """All that is known: shares by rank, for each layer and method."""
+        each = [Place(layer, method) for layer, methods in self._shares.items() for method in methods]
+        return [(place, self.of(place)) for place in each]
+
     def add(self, place: Place, rank: Rank, share: float) -> None:
         """Take in one measurement; the last ``KEPT`` of each rank count."""
         ranks = self._shares.setdefault(place.layer, {}).setdefault(place.method, {})

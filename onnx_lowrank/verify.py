@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import stats
 
-from onnx_lowrank.runtime import Feeds, RunSettings, Session, needs, time_pair
+from onnx_lowrank.runtime import Feeds, MNNSession, RunSettings, Session, needs, time_pair
 from onnx_lowrank.types import LowRankError
 
 CONFIDENCE = 0.95
@@ -373,7 +373,11 @@ def _paired_upper(lost: int, gained: int, n: int) -> float:
 
 
 def check_latency(
-    original: Session, compressed: Session, feeds: Feeds, settings: RunSettings, rounds: int = 50
+    original: Session | MNNSession,
+    compressed: Session | MNNSession,
+    feeds: Feeds,
+    settings: RunSettings,
+    rounds: int = 50,
 ) -> Latency:
     """Time both models in turn on `feeds`; a provider that left a whole model to the CPU is given no figure."""
     medians = ninetieths = ratios = [math.nan, math.nan, math.nan]

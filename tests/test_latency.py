@@ -17,8 +17,9 @@ from onnx_lowrank.candidates import spread
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.owners import own_nodes, owners
 from onnx_lowrank.graph.save import save
-from onnx_lowrank.latency import LatencyTable, interpolated
+from onnx_lowrank.latency import LatencyTable
 from onnx_lowrank.planner import Planner
+from onnx_lowrank.pricing import interpolated
 from onnx_lowrank.runtime import OPTIMIZED, Profile, RunSettings, Session, profile_nodes
 from onnx_lowrank.search import within_budgets
 from onnx_lowrank.subject import open_subject

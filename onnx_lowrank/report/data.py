@@ -26,13 +26,17 @@ class Size:
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """What was asked for, what was reached; and what the plan foretold, where it is something to be measured."""
+    """What was asked for, what was reached; and what the plan foretold, where it is something to be measured.
+
+    Where it is not `measured`, the device that it is about is not here, and what the plan foretold is all that is known.
+    """
 
     metric: str
     asked: float
     reached: float
     met: bool
     predicted: float | None = None
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,11 @@ class Report:
     @property
     def unmet(self) -> tuple[str, ...]:
         """What was not reached, in words."""
-        missed = [f"{b.metric} {b.reached:.4g} was reached, {b.asked:g} asked for" for b in self.budgets if not b.met]
+        missed = [
+            f"{b.metric} {b.reached:.4g} {'was reached' if b.measured else 'is predicted'}, {b.asked:g} asked for"
+            for b in self.budgets
+            if not b.met
+        ]
         if self.accuracy and self.accuracy.broken:
             missed.append(f"{self.accuracy.broken} sample(s) give NaN or infinity")
         missed += [

@@ -35,6 +35,9 @@ def render_report(report: Report) -> Iterator[Renderable]:
     for budget in report.budgets:
         mark = "[green]met[/]" if budget.met else "[red]not met[/]"
         foretold = "" if budget.predicted is None else f" (predicted {budget.predicted:.4g})"
+        if not budget.measured:
+            yield f"{budget.metric}: asked {budget.asked:.4g}, predicted {budget.reached:.4g}, not measured - {mark}"
+            continue
         yield f"{budget.metric}: asked {budget.asked:.4g}, reached {budget.reached:.4g}{foretold} - {mark}"
     yield from _notes(report.notes)
     yield (

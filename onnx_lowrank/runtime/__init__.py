@@ -1,7 +1,9 @@
-"""ONNX Runtime: providers, sessions, times, and its tools for mobile targets. The only importer of onnxruntime."""
+"""Engines: ONNX Runtime with its providers, sessions, times and tools for mobile targets, and MNN. The only importer of both."""
 
 from onnx_lowrank.runtime.apart import probe_apart
 from onnx_lowrank.runtime.machine import block_size, give_back_memory, processor
+from onnx_lowrank.runtime.mnn import NAME as MNN
+from onnx_lowrank.runtime.mnn import MNNSession, disagreement, mnn_version, require_mnn
 from onnx_lowrank.runtime.mobile import OpList, Partitions, check_partitions, convert_to_ort, simplify
 from onnx_lowrank.runtime.providers import (
     CPU,
@@ -18,9 +20,11 @@ from onnx_lowrank.runtime.timing import Profile, Timing, profile_nodes, time_pai
 
 __all__ = [
     "CPU",
+    "MNN",
     "OPTIMIZED",
     "WEIGHTS",
     "Feeds",
+    "MNNSession",
     "OpList",
     "Partitions",
     "Profile",
@@ -31,15 +35,18 @@ __all__ = [
     "block_size",
     "check_partitions",
     "convert_to_ort",
+    "disagreement",
     "give_back_memory",
     "installed_plugins",
     "known_providers",
+    "mnn_version",
     "named",
     "needs",
     "probe",
     "probe_apart",
     "processor",
     "profile_nodes",
+    "require_mnn",
     "simplify",
     "simulated",
     "tensor_shapes",

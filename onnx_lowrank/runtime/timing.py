@@ -7,10 +7,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from onnx_lowrank.runtime.session import OPTIMIZED, WEIGHTS, Feeds, RunSettings, Session
+
+
+class Runs(Protocol):
+    """A model that can be run: a session of whatever engine."""
+
+    def run(self, feeds: Feeds) -> Any:
+        """Values of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Timing:
         return float(ratios[low]), float(ratios[n - 1 - low])
 
 
-def time_pair(first: Session, second: Session, feeds: Feeds, *, rounds: int = 50, seconds: float = 10.0) -> Timing:
+def time_pair(first: Runs, second: Runs, feeds: Feeds, *, rounds: int = 50, seconds: float = 10.0) -> Timing:
     """Run two sessions in turn and time each run; who goes first alternates, so that neither inherits a warm cache.
 
     Parameters
@@ -143,7 +151,7 @@ def typical(times: Sequence[float] | np.ndarray) -> float:
     return float(kept.mean()) if len(kept) else 0.0
 
 
-def _seconds(session: Session, feeds: Feeds) -> float:
+def _seconds(session: Runs, feeds: Feeds) -> float:
     start = time.perf_counter()
     session.run(feeds)
     return time.perf_counter() - start

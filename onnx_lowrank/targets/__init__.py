@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from onnx_lowrank.targets import coreml, cpu, nnapi, qnn, xnnpack
+from dataclasses import replace
+from pathlib import Path
+
+from onnx_lowrank.targets import coreml, cpu, mnn, nnapi, qnn, xnnpack
+from onnx_lowrank.targets.measured import SUFFIX, Results, read_results
 from onnx_lowrank.targets.partition import count_partitions
 from onnx_lowrank.targets.target import Target
 from onnx_lowrank.types import member_of
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (cpu.TARGET, xnnpack.TARGET, nnapi.TARGET, coreml.TARGET, qnn.TARGET)
+    target.name: target for target in (cpu.TARGET, xnnpack.TARGET, nnapi.TARGET, coreml.TARGET, qnn.TARGET, mnn.TARGET)
 }
 
-__all__ = ["TARGETS", "Target", "count_partitions", "find_target"]
+__all__ = ["TARGETS", "Results", "Target", "count_partitions", "find_target"]
 
 
 def find_target(name: str) -> Target:
-    """The member called `name`.
+    """The member called `name`; of a file with results of a device, what it was made for, with the times in it.
 
     Raises
     ------
     LowRankError
-        For a name that is not in the table.
+        For a name that is not in the table, or a file that holds no results.
     """
+    if name.endswith(SUFFIX):
+        results = read_results(Path(name))
+        made_for = member_of(TARGETS, "target", results.target)
+        return replace(made_for, name=Path(name).name, block=results.align, results=results)
     return member_of(TARGETS, "target", name)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from onnx_lowrank.runtime import OpList
+from onnx_lowrank.targets.measured import Results
 from onnx_lowrank.types import Chain, ConvSpec, Layer
 
 ANY = (0, 1, 2, 3)
@@ -30,6 +31,10 @@ class Target:
         The operators that it takes, where its parts can be told without it.
     compiled
         Whether it compiles the parts that it takes, so that a border between two costs a copy.
+    engine
+        Whether another engine than ONNX Runtime runs models there, and times them on this machine.
+    results
+        Times measured on a device.
     without
         What can be checked without the device, in words.
     """
@@ -42,6 +47,8 @@ class Target:
     block: int | None = None
     ops: OpList | None = None
     compiled: bool = False
+    engine: bool = False
+    results: Results | None = None
     without: str = ""
 
     def refuses(self, layer: Layer, chain: Chain) -> str | None:
