@@ -36,7 +36,8 @@ def test_a_report_as_json_is_valid_and_whole() -> None:
     made = report(BudgetResult("drop", 0.1, math.nan, False), config={"seed": 1})
     read = json.loads(json.dumps(made.to_dict(), allow_nan=False))
     assert read["accuracy"]["drop_upper_95"] is None
-    assert read["budgets"] == [{"metric": "drop", "asked": 0.1, "reached": None, "met": False, "predicted": None}]
+    budget = {"metric": "drop", "asked": 0.1, "reached": None, "met": False, "predicted": None, "measured": True}
+    assert read["budgets"] == [budget]
     assert read["skips"] == [{"layer": "a", "op_type": "Relu", "reason": "why"}]
     assert read["met"] is False
     assert read["notes"] == ["note"]
