@@ -224,10 +224,13 @@ def test_the_factors_of_the_paper_are_reproduced(name: str, rate: float, factor:
 
 
 @pytest.mark.parametrize("scheme", JOINT)
-def test_the_file_shrinks_by_the_factor_of_the_kernels(tmp_path: Path, scheme: str) -> None:
+def test_the_file_shrinks_by_the_factor_of_the_kernels(
+    tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnx_lowrank.decompositions.joint_svd.ALTERNATIONS", 1)  # no byte depends on the numbers
     given, small = tmp_path / "r34.onnx", tmp_path / "j.onnx"
     onnx.save(models.build("resnet34_cifar10", 0), given)
-    result = lr.compress(given, recipe="joint_svd", rank="ratio=0.04", methods=scheme)
+    result = lr.compress(given, recipe="joint_svd", rank="ratio=0.04", methods=scheme, jobs=1)
     result.save(small)
     assert given.stat().st_size / small.stat().st_size == pytest.approx(22.03, rel=0.03)
     left_alone = {skip.layer for skip in result.report.skips}
