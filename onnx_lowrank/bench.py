@@ -194,7 +194,7 @@ class Bench:
         if target.ops is None:
             return ()
         with self.planner.stage("partitions"):
-            before, after = placement.before, placement.of(attempt.model or load(attempt.path))
+            before, after = placement.before, placement.of(self._loaded(attempt))
         return (TargetResult(target.name, {"before": before, "after": after}),) if before and after else ()
 
     def tuned(self, attempt: Attempt) -> Attempt:
@@ -212,7 +212,7 @@ class Bench:
         touched = [node for layer in attempt.layers for node in layer.nodes]
         given = attempt.source or attempt
         with self.planner.stage("finetune"):
-            refined = self.refiner.refine(given.model or load(given.path), touched)
+            refined = self.refiner.refine(self._loaded(given), touched)
         placed = self._place(self.planner.finished(refined.model))
         if attempt.path in self._latencies:
             self._latencies[placed.path] = self._latencies[attempt.path]
@@ -223,12 +223,11 @@ class Bench:
         """A quantised `attempt` trained once more, through its rounding; the better of both."""
         assert self.refiner is not None and attempt.choice is not None
         choice, settings = attempt.choice, self.refiner.settings()
-        touched = [node.name for node in choice.given.graph.node]
         few = max(1, round(ROUNDED_SHARE * settings.epochs)) if settings.epochs else None
         settings = replace(settings, epochs=few, steps=round(ROUNDED_SHARE * settings.steps), batch_statistics=False)
         with self.planner.stage("finetune"):
             rounding = rounding_of(choice.given, choice.model)
-            refined = self.refiner.refine(choice.given, touched, settings=settings, rounding=rounding)
+            refined = self.refiner.refine(choice.given, (), settings=settings, rounding=rounding)
         better = choice.of(refined.model)
         path = self._write(better.model)
         size = replace(attempt.size, size_bytes=_bytes(path.parent.iterdir()))
@@ -298,8 +297,7 @@ class Bench:
     def _quantized(self, placed: _Placed) -> tuple[Choice, _Placed]:
         """A model in eight bits, as it measures best."""
         planner = self.planner
-        given = planner.subject.model
-        model = placed.model or replace(load(placed.path), path=given.path, data_files=given.data_files)
+        model = self._loaded(placed)
         with planner.stage("quantize"):
             feeds = planner.calibration()
             assert feeds is not None  # the options say so
@@ -326,9 +324,12 @@ class Bench:
     def model_of(self, attempt: Attempt) -> Model:
         """The model of an attempt, after which nothing more is measured: the sessions make room for it."""
         self._original = self._tested = None
-        if attempt.model is not None:
-            return attempt.model
-        return replace(load(attempt.path), path=self.planner.subject.model.path)
+        return self._loaded(attempt)
+
+    def _loaded(self, held: Attempt | _Placed) -> Model:
+        """A model in memory; it is not saved over the files that the original came from."""
+        given = self.planner.subject.model
+        return held.model or replace(load(held.path), path=given.path, data_files=given.data_files)
 
     def latency(self, attempt: Attempt) -> Latency:
         """Time an attempt against the original, once."""

@@ -75,6 +75,17 @@ def count(feeds: Sequence[Batch]) -> int:
     return sum(len(next(iter(batch.values()))) for batch in feeds)
 
 
+def few(feeds: Sequence[Batch], most: int) -> list[Batch]:
+    """The first batches, until they hold `most` samples."""
+    taken: list[Batch] = []
+    for batch in feeds:
+        if most <= 0:
+            break
+        taken.append(batch)
+        most -= max((len(value) for value in batch.values() if value.ndim), default=1)
+    return taken
+
+
 def held_apart(feeds: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Samples to fit on and samples held out, one in ``HELD_OUT``; too few samples are both.
 
@@ -358,7 +369,7 @@ def _one_pass(
     sums = [Moments(cut) for cut in places]
     samples, step = count(feeds), 0
     for number, batch in enumerate(feeds):
-        for part in _parts(batch, step):
+        for part in parts(batch, step):
             alive = Activations([part])
             if running:
                 running(alive)
@@ -373,7 +384,7 @@ def _one_pass(
     return {cut.layer.name: each.statistics() for cut, each in zip(places, sums, strict=True)}
 
 
-def _parts(batch: Batch, step: int) -> Iterator[Batch]:
+def parts(batch: Batch, step: int) -> Iterator[Batch]:
     """A batch, at most `step` samples at a time (0: all); whole where its inputs differ in length."""
     lengths = {len(value) if value.ndim else 0 for value in batch.values()}
     (length, *others) = lengths

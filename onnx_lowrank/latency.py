@@ -20,7 +20,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -86,33 +86,24 @@ class _Times:
 class _Bench:
     """A scratch folder, and the original in a session, beside which models are timed."""
 
-    def __init__(
-        self,
-        given: Path | None,
-        model: Model,
-        feeds: Feeds,
-        settings: RunSettings,
-        folder: Path,
-        deployed: Callable[[Model], Model],
-    ) -> None:
-        self._feeds, self._settings, self._folder, self._deployed = feeds, settings, folder, deployed
+    def __init__(self, given: Path | None, model: Model, feeds: Feeds, settings: RunSettings, folder: Path) -> None:
+        """`model` is timed, from its file where `given` names it."""
+        self._feeds, self._settings, self._folder = feeds, settings, folder
         self._latest: Path | None = None
-        self.model = deployed(model)
-        if given is None or self.model is not model:
+        if given is None:
             given = folder / "original.onnx"
-            save(self.model, given)
+            save(model, given)
         self.path = given
         self.reference = Session(given, settings)
         self.reference.check_times()
 
-    def write(self, model: Model) -> tuple[Path, Model]:
-        """Write a model in the place of the one before it; and what was written, which may be quantised."""
+    def write(self, model: Model) -> Path:
+        """Write a model in the place of the one before it."""
         if self._latest is not None:
             shutil.rmtree(self._latest)
         self._latest = Path(tempfile.mkdtemp(dir=self._folder))
-        written = self._deployed(model)
-        save(written, self._latest / "model.onnx")
-        return self._latest / "model.onnx", written
+        save(model, self._latest / "model.onnx")
+        return self._latest / "model.onnx"
 
     def profile(self, path: Path) -> Profile:
         """Times of the nodes of a model."""
@@ -142,8 +133,8 @@ class LatencyTable:
         self._subject, self._feeds, self._progress = subject, feeds, progress
         self._settings = subject.settings(config)
         self._stand_ins = StandIns(subject, config.seed)
-        self._given = subject.model.path
         self._quantize, self._beginning = config.quantize != "none", beginning
+        self._base = self._deployed(subject.model)
         self._timings = Timings(self._environment(config), cache_folder())
         self.measured = self.wanted = 0
         """Points measured, and how many there were to measure."""
@@ -151,7 +142,7 @@ class LatencyTable:
         self._own_nodes = own_nodes(subject.model, subject.found)
         with self._bench() as bench:
             self._first = bench.profile(bench.path)
-            self._owned = owners(bench.model, self._own_nodes, self._first.optimized)
+            self._owned = owners(self._base, self._own_nodes, self._first.optimized)
             self._whole_ms = typical(self._timing(bench, bench.reference).first_ms)
             self._share = 1 / self._float_speedup(bench) if self._quantize else 1.0
         self._account(self._first, 1.0)
@@ -224,8 +215,8 @@ class LatencyTable:
     def _float_speedup(self, bench: _Bench) -> float:
         """How many times faster the quantised model is than the one that was given."""
         with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-            model, given = self._subject.model, self._given
-            first = _Bench(given, model, self._feeds, self._settings, Path(folder), lambda model: model)
+            model = self._subject.model
+            first = _Bench(model.path, model, self._feeds, self._settings, Path(folder))
             return self._timing(first, bench.reference).speedup
 
     def _deployed(self, model: Model) -> Model:
@@ -251,8 +242,8 @@ class LatencyTable:
     def _bench(self) -> Iterator[_Bench]:
         """The original in a session, and a scratch folder; both go when the measurement is done."""
         with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-            model, given = self._subject.model, self._given
-            yield _Bench(given, model, self._feeds, self._settings, Path(folder), self._deployed)
+            given = None if self._quantize else self._subject.model.path
+            yield _Bench(given, self._base, self._feeds, self._settings, Path(folder))
         give_back_memory()
 
     def _environment(self, config: Config) -> dict[str, str]:
@@ -280,12 +271,13 @@ class LatencyTable:
         """Time the model with `choices` made, all at once; the share that its `whole` takes of the original's time."""
         groups = {group.names: group for group in self._subject.groups}
         model, nodes = self._stand_ins.model(choices)
-        path, written = bench.write(model)
+        deployed = self._deployed(model)
+        path = bench.write(deployed)
         profile, ratio = bench.profile(path), math.nan
         if whole:
             ratio = 1 / self._timing(bench, Session(path, self._settings)).speedup
             self._account(profile, ratio)
-        owned = owners(written, self._own_nodes | nodes, profile.optimized)
+        owned = owners(deployed, self._own_nodes | nodes, profile.optimized)
         times = self._times(profile, owned)
         for choice in choices:
             if choice.layers not in groups:

@@ -36,9 +36,10 @@ RUNS = 3
 STEPS = 10
 
 
-def path_of(name: str, data: Path, out: Path) -> Path:
-    if FILES[name]:
-        return data / "models" / name / FILES[name]
+def path_of(name: str, file: str, data: Path, out: Path) -> Path:
+    """A model of the development data, or of `models` where no file is named."""
+    if file:
+        return data / "models" / name / file
     path = out / f"{name}.onnx"
     if not path.exists():
         onnx.save(models.build(name, 0), path)
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.6)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    paths = {name: path_of(name, args.data, args.out) for name in args.models}
+    paths = {name: path_of(name, FILES[name], args.data, args.out) for name in args.models}
     print("| model | asked | predicted | measured | | MACs | seconds on latency | seconds |\n" + "|---" * 8 + "|")
     for name, path in paths.items():
         print(asked(name, path, args.ratio), flush=True)

@@ -15,9 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx
-
-import models
 from onnx_lowrank.budgets.knapsack import OutOfReach
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.save import save
@@ -25,20 +22,11 @@ from onnx_lowrank.planner import Planner
 from onnx_lowrank.runtime import mnn_version, time_pair, version
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Budget, Plan, no_progress
-from tools.benchmark_latency import fastest
+from tools.benchmark_latency import fastest, path_of
 
 FILES = {"cifar10_resnet56": "model_bn.onnx", "vgg16_cifar10": ""}
 ROUNDS, SECONDS = 2000, 15.0
 STEPS = 10
-
-
-def path_of(name: str, data: Path, out: Path) -> Path:
-    if FILES[name]:
-        return data / "models" / name / FILES[name]
-    path = out / f"{name}.onnx"
-    if not path.exists():
-        onnx.save(models.build(name, 0), path)
-    return path
 
 
 def of_macs(planner: Planner, share: float) -> Plan:
@@ -118,7 +106,7 @@ def main() -> None:
     columns += ["for MNN over same damage", "over same MACs", "what MNN's plan is made of"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for name in args.models:
-        print(row(name, path_of(name, args.data, args.out), args.ratio, args.out), flush=True)
+        print(row(name, path_of(name, FILES[name], args.data, args.out), args.ratio, args.out), flush=True)
 
 
 if __name__ == "__main__":

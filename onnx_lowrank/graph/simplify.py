@@ -85,15 +85,19 @@ def store_constants(model: Model, values: Mapping[str, np.ndarray]) -> None:
 
 def _drop(model: Model, names: list[str]) -> None:
     """Remove the nodes that made `names`, as far as nothing reads them any more."""
+    count = readers(model.proto)
+    producers = {output: node for node in model.graph.node for output in node.output}
     pending = list(names)
     while pending:
-        count = readers(model.proto)
-        nodes = {output: node for node in model.graph.node for output in node.output}
-        name = pending.pop()
-        node = nodes.get(name)
-        if node is not None and not any(count[output] for output in node.output):
-            pending += node.input
-            model.graph.node.remove(node)
+        node = producers.get(pending.pop())
+        if node is None or any(count[output] for output in node.output):
+            continue
+        for output in node.output:
+            producers.pop(output, None)
+        for name in node.input:
+            count[name] -= 1
+        pending += node.input
+        model.graph.node.remove(node)
     drop_unread(model, names)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from onnx_lowrank.calibrate import Batch
+from onnx_lowrank.calibrate import Batch, few
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
+from onnx_lowrank.graph.limits import dtype_of
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.shapes import infer, model_inputs, with_outputs
 from onnx_lowrank.graph.simplify import (
@@ -35,9 +36,6 @@ __all__ = [
     "prepared",
 ]
 
-FLOAT = 1
-"""float32, as ONNX numbers it."""
-
 SAMPLES = 512
 """That ranges are taken from at most."""
 
@@ -47,12 +45,12 @@ def prepared(model: Model, feeds: Sequence[Batch]) -> Model:
 
     Constants are stored, normalisations folded, shortcuts that slice and pad made convolutions, chains equalised.
     """
-    return equalized(_simple(model, {name: value.shape for name, value in feeds[0].items()}), few(feeds))
+    return equalized(_simple(model, {name: value.shape for name, value in feeds[0].items()}), few(feeds, SAMPLES))
 
 
 def measure_ranges(model: Model, feeds: Sequence[Batch]) -> Ranges:
     """The ranges of all tensors that may be quantised, on samples."""
-    return find_ranges(model, few(feeds), quantizable(model))
+    return find_ranges(model, few(feeds, SAMPLES), quantizable(model))
 
 
 def as_quantized(model: Model, sizes: Mapping[str, tuple[int, ...]], beginning: int = 0) -> Model:
@@ -81,20 +79,8 @@ def _simple(model: Model, sizes: Mapping[str, tuple[int, ...]]) -> Model:
         store_constants(copy, dict(zip(computed, session.run(inputs, computed), strict=True)))
     fold_batchnorm(copy)
     kernels = [node.input[1] for node in copy.graph.node if node.op_type == "Conv"]
-    dtypes = {tensor.data_type for tensor in copy.graph.initializer if tensor.name in kernels}
-    if dtypes == {FLOAT}:
+    dtypes = {dtype_of(tensor) for tensor in copy.graph.initializer if tensor.name in kernels}
+    if dtypes == {np.dtype("f4")}:
         shapes = infer(copy, dict(sizes))
         convolve_shortcuts(copy, {name: shape[1] for name, shape in shapes.items() if len(shape) == 4}, np.dtype("f4"))
     return copy
-
-
-def few(feeds: Sequence[Batch]) -> list[Batch]:
-    """The first samples, batch by batch."""
-    taken: list[Batch] = []
-    left = SAMPLES
-    for batch in feeds:
-        if left <= 0:
-            break
-        taken.append(batch)
-        left -= max((len(value) for value in batch.values() if value.ndim), default=1)
-    return taken

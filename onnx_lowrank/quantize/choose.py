@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_lowrank.calibrate import Batch
+from onnx_lowrank.calibrate import Batch, few
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.shapes import Shapes
-from onnx_lowrank.quantize.qdq import insert_qdq
+from onnx_lowrank.quantize.qdq import LINEAR, insert_qdq
 from onnx_lowrank.quantize.ranges import Ranges
 from onnx_lowrank.runtime import RunSettings, Session
 from onnx_lowrank.sensitivity import difference
@@ -38,8 +38,6 @@ RANKED = 24
 
 TRIED = 6
 """Layers that may stay in floating point one by one."""
-
-LINEAR = ("Conv", "Gemm", "MatMul")
 
 SAMPLES = 128
 """That errors are looked at on, about."""
@@ -111,7 +109,7 @@ def choose(
     most
         Bytes that it may have; where no way has so few, the smallest is taken.
     """
-    held = _few(held)
+    held = few(held, SAMPLES)
     wanted = _outputs(model, held)
 
     def made(nodes: Sequence[str], signed: bool = False) -> Choice:
@@ -146,16 +144,6 @@ def kernels_in_bytes(model: Model) -> set[str]:
     stored = {tensor.name for tensor in model.graph.initializer}
     small = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored}
     return {n.name for n in model.graph.node if n.op_type in LINEAR and n.input[1] in small}
-
-
-def _few(held: Sequence[Batch]) -> list[Batch]:
-    """The first samples, in whole batches."""
-    taken: list[Batch] = []
-    for batch in held:
-        taken.append(batch)
-        if sum(max((len(v) for v in b.values() if v.ndim), default=1) for b in taken) >= SAMPLES:
-            break
-    return taken
 
 
 def _outputs(model: Model, held: Sequence[Batch]) -> list[list[np.ndarray]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -23,6 +22,9 @@ OPS = (
     *("AveragePool", "GlobalAveragePool", "Resize", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Pad"),
 )
 """Operators that run in eight bits, or pass on what does."""
+
+LINEAR = ("Conv", "Gemm", "MatMul")
+"""Those of them with a kernel."""
 
 QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
 
@@ -44,7 +46,7 @@ def check_unquantized(model: Model) -> None:
             f"the model is quantised already ({found[0].op_type} '{found[0].name}' and {len(found) - 1} more): "
             f"give the float model it was made from, and --quantize int8"
         )
-    linear = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    linear = [node for node in model.graph.node if node.op_type in LINEAR]
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     stored |= {
         n.output[0]: n.attribute[0].t.data_type for n in model.graph.node if n.op_type == "Constant" and n.attribute
@@ -214,8 +216,3 @@ def _compact(model: Model, taken: set[str]) -> None:
             tensor.name = name
             graph.initializer.append(tensor)
     drop_unread(model, kept)
-
-
-def parameters_of(model: Model) -> Counter[str]:
-    """How many tensors of each element type a model stores; for reports and tests."""
-    return Counter(onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer)

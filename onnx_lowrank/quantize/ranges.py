@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from onnx_lowrank.calibrate import Batch
+from onnx_lowrank.calibrate import Batch, parts
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.shapes import with_outputs
 from onnx_lowrank.runtime import RunSettings, Session
@@ -75,16 +75,6 @@ def outputs_of(model: Model, feeds: Sequence[Batch], names: Collection[str]) -> 
     free = all(not sizes or not sizes[0].HasField("dim_value") for sizes in fed)
     session = Session(serialize(with_outputs(model, made)), RunSettings(optimize=False), folder=model.folder)
     for batch in feeds:
-        for part in _parts(batch) if free else [batch]:
+        for part in parts(batch, PART if free else 0):
             values = session.run(part, made) if made else []
             yield {**{n: part[n] for n in names if n in part}, **dict(zip(made, values, strict=True))}
-
-
-def _parts(batch: Batch) -> Iterator[Batch]:
-    """Portions of a batch, where all of its inputs can be cut."""
-    sizes = {len(value) if value.ndim else 0 for value in batch.values()}
-    if len(sizes) != 1 or (size := sizes.pop()) <= PART:
-        yield batch
-        return
-    for first in range(0, size, PART):
-        yield {name: value[first : first + PART] for name, value in batch.items()}
