@@ -1,6 +1,6 @@
-"""Train a CIFAR-10 network of `models` from scratch, on the ONNX graph itself.
+"""Train a CIFAR-10 network of `models`, on the ONNX graph itself: from scratch, or from a model that was trained on other pictures.
 
-    python -m tools.train_cifar NAME OUT.onnx [--epochs 15] [--data ../shared/data]
+    python -m tools.train_cifar NAME OUT.onnx [--epochs 15] [--start FILE.onnx --learning-rate 5e-4] [--data ../shared/data]
 
 The 50,000 training pictures are JPEG files; accuracy is of 5,000 test pictures of the same kind. One in eight training pictures
 is held out, and says which epoch is kept. The same seed, threads and version of torch give the same file.
@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[name for name in models.NAMES if "cifar10" in name])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--start", type=Path, help="a trained model of the same task, in place of the builder's")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
@@ -60,10 +61,11 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     images, labels = cifar.jpeg(args.data / "cifar10" / "jpeg_train_50000.npz")
-    model = load(models.build(args.name, 0))
+    model = load(args.start or models.build(args.name, 0))
     graph = plain_graph(model)
     program = Program(graph, weights_of(graph))
-    restart(program)
+    if not args.start:
+        restart(program)
     settings = Settings(
         labels=True,
         distill=0.0,
@@ -81,7 +83,10 @@ def main() -> None:
     images, labels = cifar.jpeg(args.data / "cifar10" / "jpeg_test_5000.npz")
     found = accuracy(program, cifar.inputs(images), labels)
     trained = with_values(model, program.values()).proto
-    trained.doc_string = f"{args.name}, trained on CIFAR-10 (JPEG) by tools/train_cifar.py; test accuracy {found:.4f}."
+    how = f"{args.name}, trained on CIFAR-10 (JPEG) by tools/train_cifar.py" + (
+        f" from {args.start.name}" if args.start else ""
+    )
+    trained.doc_string = f"{how}; test accuracy {found:.4f}."
     onnx.helper.set_model_props(trained, {"test_accuracy": f"{found:.4f}"})
     onnx.save(trained, args.out)
     print(f"{args.name}: {found:.2%} of 5,000 test pictures (JPEG), {time.perf_counter() - start:.0f} s")
