@@ -164,6 +164,10 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             "--quantize",
             {"metavar": "KIND", "help": f"{', '.join(QUANTIZATIONS)}: INT8 (QDQ) at the end (default: none)"},
         ),
+        (
+            "--dequantize",
+            {"action": "store_true", "default": None, "help": "bring a quantised model (QDQ) back to floats first"},
+        ),
     ),
     "data": (
         (

@@ -90,6 +90,8 @@ class Config:
     quantize
         ``int8``: the result is quantised at the end (QDQ, static, a scale for each channel of a kernel), on samples of
         `calibrate`; all that was asked for is held by the quantised model, and latency is planned in eight bits.
+    dequantize
+        Bring a model that is in eight bits already (QDQ) back to floating point first; figures are beside that.
     finetune, train, epochs
         ``distill`` trains the compressed graph towards the original's outputs, ``labels`` towards labels, on the samples of
         `train` (`calibrate`, where nothing is given). None of `epochs` takes as many as make 3,000 steps.
@@ -142,6 +144,7 @@ class Config:
     group: Mapping[str, str] = field(default_factory=dict)
     fold_batchnorm: bool = False
     quantize: str = "none"
+    dequantize: bool = False
     finetune: str = "none"
     train: Any = None
     epochs: int | None = None
@@ -354,7 +357,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(PAIRS, _pairs),
     "max_drop": _number,
     **dict.fromkeys(("learning_rate", "orthogonality"), _number),
-    **dict.fromkeys(("fold_batchnorm", "batch_statistics"), _truth),
+    **dict.fromkeys(("fold_batchnorm", "dequantize", "batch_statistics"), _truth),
     "input_shape": _shapes,
 }
 """What makes an option's value from its everyday forms; the others are taken as they are."""

@@ -218,8 +218,8 @@ def verify(
         Where a model cannot be loaded, or the other has different inputs or outputs.
     """
     config = configured(config, options)
-    if config.quantize != "none":
-        raise LowRankError("verify compares two models as they are: leave out quantize, and give the quantised model")
+    if config.quantize != "none" or config.dequantize:
+        raise LowRankError("verify compares two models as they are: leave out quantize and dequantize")
     subject, second = open_subject(original, config), open_subject(other, config)
     if [i.name for i in subject.inputs] != [i.name for i in second.inputs]:
         raise LowRankError("the two models have different inputs: two versions of one model were expected")

@@ -12,6 +12,7 @@ import numpy as np
 from onnx_lowrank.candidates import Group, group_layers
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import Dataset, open_data
+from onnx_lowrank.graph.dequantize import dequantized
 from onnx_lowrank.graph.find import Found, find_layers, model_cost, sized_tensors
 from onnx_lowrank.graph.limits import check_shapes
 from onnx_lowrank.graph.model import Model, load, serialize
@@ -127,9 +128,15 @@ def open_subject(source: Any, config: Config) -> Subject:
         Where it cannot be used; see :func:`onnx_lowrank.graph.model.load` and the data it is given.
     """
     model = open_model(source)
+    if config.dequantize:
+        model = dequantized(model)
     inputs = model_inputs(model)
     given = dict(config.input_shape) or _shapes_of_data(inputs, config)
     sizes, notes = sample_shapes(inputs, given)
+    if config.dequantize:
+        notes += (
+            "the model was brought back to floating point first: figures are beside that, `verify` tells the rest",
+        )
     shapes = shapes_of(model, inputs, sizes)
     found = find_layers(model, shapes)
     spared = [layer for layer in found.layers if not config.selects(layer.name)]

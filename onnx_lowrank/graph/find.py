@@ -149,7 +149,9 @@ def _weight(constants: Constants, name: str) -> tuple[Constant, np.ndarray]:
     if constant is None:
         raise _Refusal("its weight is computed when the model runs")
     if constant.quantized:
-        raise _Refusal("its weight is quantised (DequantizeLinear): decompose the float model, then quantise")
+        raise _Refusal(
+            "its weight is quantised (DequantizeLinear): decompose the float model, then quantise; or give --dequantize"
+        )
     if constant.overridable:
         raise _Refusal("its weight is also an input of the model, which a user may feed: make it a plain initializer")
     value = constant.read()

@@ -44,7 +44,7 @@ def check_unquantized(model: Model) -> None:
     if found:
         raise LowRankError(
             f"the model is quantised already ({found[0].op_type} '{found[0].name}' and {len(found) - 1} more): "
-            f"give the float model it was made from, and --quantize int8"
+            f"give the float model it was made from, and --quantize int8; or give --dequantize too"
         )
     linear = [node for node in model.graph.node if node.op_type in LINEAR]
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
