@@ -26,7 +26,7 @@ from onnx_lowrank.runtime import Feeds, RunSettings
 from onnx_lowrank.search import budget_results
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Candidate, Cost, LowRankError, Plan, Progress, Skip, no_progress
-from onnx_lowrank.verify import UNBOUNDED, Accuracy, Latency
+from onnx_lowrank.verify import Accuracy, Latency
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,6 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
         )
     if config.max_drop is not None and config.evaluate is None and config.calibrate is None:
         raise LowRankError("max_drop needs samples to hold it on: give --evaluate DATA")
-    if config.max_drop is not None and config.metric in UNBOUNDED:
-        raise LowRankError(
-            f"max_drop of {config.metric}: the original has no such figure to lose; use cosine or agreement"
-        )
     planner = Planner(open_subject(model, config), config, progress, recipe.policy(config))
     if config.quantize != "none":
         check_unquantized(planner.subject.model)

@@ -30,7 +30,8 @@ class Accuracy:
     original, compressed
         Its mean over the samples.
     drop
-        What was lost; negative where the compressed model is better.
+        What was lost; negative where the compressed model is better. Of ``sqnr`` and ``psnr`` the share of noise in the
+        power of the original (in the square of its range), of each sample at most 1: 0.01 is 20 dB.
     drop_upper_95
         The drop is at most this with 95 % confidence; NaN where a single figure for all samples leaves no way to tell,
         and infinite where a sample is broken.
@@ -180,8 +181,8 @@ WORST = {"cosine": -1.0, "sqnr": -CAP_DB, "psnr": -CAP_DB}
 
 NEED_LABELS = ("top1", "top5")
 
-UNBOUNDED = ("sqnr", "psnr")
-"""In decibels against the original: the original itself has no finite value, so there is no drop to bound."""
+DECIBELS = ("sqnr", "psnr")
+"""Against the original, which has no finite value of its own: what is lost is the share of noise, 0.01 for 20 dB, 1 at most."""
 
 CustomMetric = Callable[[Outputs, "np.ndarray | None"], float]
 
@@ -252,13 +253,17 @@ def check_accuracy(
     others = {name: value for name, value in others.items() if np.isfinite(value)}
     if custom:
         first, second, upper = kept.figure(custom, 0), kept.figure(custom, 1), float("nan")
+        drop = first - second
         if np.isnan(first):
             raise LowRankError("the metric returned nan for the original model: a number was expected")
     else:
         each, others_each = np.concatenate(before), np.concatenate(after)
-        first, second, upper = float(each.mean()), float(others_each.mean()), drop_upper(each, others_each)
+        first, second = float(each.mean()), float(others_each.mean())
+        if metric in DECIBELS:
+            each, others_each = (-np.minimum(10 ** (-scores / 10), 1.0) for scores in (each, others_each))
+        drop, upper = float(each.mean() - others_each.mean()), drop_upper(each, others_each)
     # of a model that returns NaN nothing can be promised, not even where the original is wrong as well
-    return Accuracy(metric, first, second, first - second, float("inf") if broken else upper, samples, others, broken)
+    return Accuracy(metric, first, second, drop, float("inf") if broken else upper, samples, others, broken)
 
 
 class _Kept:

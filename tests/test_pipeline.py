@@ -477,8 +477,6 @@ def nothing() -> Any:
         ({"budget": 0.5}, "budget 0.5 was given: METRIC=RATIO"),
         ({"budget": [lr.Budget("macs", 0.5), "macs=0.4"]}, "two budgets"),
         ({"max_drop": 0.1}, "max_drop needs samples"),
-        ({"max_drop": 0.1, "metric": "sqnr", "evaluate": nothing}, "max_drop of sqnr"),
-        ({"max_drop": 0.1, "metric": "psnr", "evaluate": nothing}, "max_drop of psnr"),
         ({"max_drop": -1, "evaluate": nothing}, "max_drop -1.0 was given"),
         ({"max_drop": "much", "evaluate": nothing}, "max_drop 'much' was given: a number"),
         ({"rank": "magic"}, "there is no 'magic'"),

@@ -295,6 +295,17 @@ def test_a_damaged_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert forced.report.accuracy.drop > 0.1
 
 
+def test_a_promise_in_decibels_bounds_the_share_of_noise() -> None:
+    options: dict[str, Any] = {"calibrate": models.DIGITS_CALIBRATE, "evaluate": models.DIGITS_TEST, "jobs": 1}
+    result = lr.compress(
+        models.DIGITS, max_drop=0.01, metric="sqnr", objective="macs", include=("conv4", "fc"), **options
+    )
+    accuracy = result.report.accuracy
+    assert result.met and not result.report.unchanged
+    assert 0 < accuracy.drop < accuracy.drop_upper_95 <= 0.01
+    assert accuracy.compressed > 20
+
+
 def test_why_the_search_stopped_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = drop_bench(0.01, drop=lambda share: 0.0 if share >= 0.5 else 0.005)
     bench.upper = lambda drop: 0.001 if drop == 0 else 0.015

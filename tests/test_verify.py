@@ -307,6 +307,17 @@ def test_a_metric_asked_for_is_not_repeated_among_the_others(name):
     assert check.compressed == pytest.approx(np.mean(scores_of(name, SCORES + 0.01, SCORES)))
 
 
+@pytest.mark.parametrize("metric", ["sqnr", "psnr"])
+def test_what_is_lost_in_decibels_is_the_share_of_noise(metric):
+    scores = np.array([[0.0, 3.0, 4.0, 0.0], [0.0, 8.0, 0.0, 6.0]])  # ranges 4 and 8, powers 25 and 100
+    check = compare(scores, scores * np.array([[0.9], [1.0]]), metric=metric)
+    shares = {"sqnr": [0.01, 0], "psnr": [0.25 / 4 / 16, 0]}[metric]
+    assert check.drop == pytest.approx(np.mean(shares))
+    assert check.drop < check.drop_upper_95 < 1
+    assert compare(scores, scores, metric=metric).drop == pytest.approx(0, abs=1e-15)
+    assert compare(scores, 5 * scores, metric=metric).drop <= 1
+
+
 # --- outputs that are not numbers ---------------------------------------------------------------------------------
 
 BAD = [np.nan, np.inf, -np.inf]
