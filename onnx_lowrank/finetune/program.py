@@ -215,14 +215,14 @@ class Program:
         return {n: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in made.items()}
 
 
-def _followed(graph: PlainGraph) -> set[str]:
-    """Means and variances that only one BatchNormalization reads: they can follow the batches."""
+def _followed(graph: PlainGraph) -> list[str]:
+    """Means and variances that only one BatchNormalization reads, in order: they can follow the batches."""
     readers = Counter(name for node in graph.nodes for name in node.inputs)
-    found: set[str] = set()
+    found: list[str] = []
     for node in graph.nodes:
         pair = node.inputs[3:5]
         if node.op_type == "BatchNormalization" and all(readers[name] == 1 for name in pair):
-            found |= set(pair) if set(pair) <= graph.values.keys() else set()
+            found += pair if set(pair) <= graph.values.keys() else ()
     return found
 
 
