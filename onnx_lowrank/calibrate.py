@@ -197,19 +197,17 @@ def input_rows(cut: Cut, source: np.ndarray, where: np.ndarray) -> np.ndarray:
     if cut.output_axis != 1:
         return _as_rows(source, cut.source_axis)[where[:, 0]]
     spec = cut.layer.spec
-    begins, _ = _padding(spec, source.shape[2:])
     n, rows = spec.ndim, len(where)
     index: list[Any] = [where[:, 0].reshape(rows, *(1,) * n), slice(None)]
     outside: list[np.ndarray] = []
     for axis, size in enumerate(source.shape[2:]):
-        steps = spec.dilations[axis] * np.arange(spec.kernel[axis]) - begins[axis]
+        taps, beyond = _taps(spec, axis, size, where[:, 1 + axis])
         shape = [rows] + [1] * n
         shape[1 + axis] = spec.kernel[axis]
-        taps = (where[:, 1 + axis, None] * spec.strides[axis] + steps).reshape(shape)
-        outside.append((taps < 0) | (taps >= size))
-        index.append(taps.clip(0, size - 1))
+        outside.append(beyond.reshape(shape))
+        index.append(taps.reshape(shape))
     taken = source[tuple(index)]  # the indexed axes come first: (rows, kernel..., C)
-    for beyond in outside:  # the padding is not there to be read
+    for beyond in outside:  # padding, and zeros in between, are not there to be read
         if beyond.any():
             taken[np.broadcast_to(beyond, taken.shape[:-1])] = 0
     return np.moveaxis(taken, -1, 1).reshape(rows, -1).astype(np.float32, copy=False)
@@ -220,20 +218,28 @@ def _as_rows(array: np.ndarray, axis: int) -> np.ndarray:
     return np.asarray(moved.reshape(-1, moved.shape[-1]), dtype=np.float32)
 
 
-def _padding(spec: ConvSpec, size: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """Zeros before and after each spatial axis, ``auto_pad`` resolved for this size."""
+def _taps(spec: ConvSpec, axis: int, size: int, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What each tap of a kernel reads along an axis for outputs `at`, (rows, k), and which of those read nothing."""
+    stride, begin = spec.strides[axis], _padding(spec, axis, size)
+    steps = spec.dilations[axis] * np.arange(spec.kernel[axis])
+    if spec.transposed:
+        places, between = np.divmod(at[:, None] + begin - steps, stride)
+    else:
+        places = at[:, None] * stride + steps - begin
+        between = np.zeros_like(places)
+    return places.clip(0, size - 1), (places < 0) | (places >= size) | (between != 0)
+
+
+def _padding(spec: ConvSpec, axis: int, size: int) -> int:
+    """Zeros before a spatial axis (for a transposed convolution: outputs cut off there), ``auto_pad`` resolved."""
     if spec.auto_pad == "NOTSET":
-        return list(spec.pads[: spec.ndim]), list(spec.pads[spec.ndim :])
-    begins, ends = [], []
-    for axis, length in enumerate(size):
-        total = 0
-        if spec.auto_pad.startswith("SAME"):
-            extent = (spec.kernel[axis] - 1) * spec.dilations[axis] + 1
-            total = max(0, (-(-length // spec.strides[axis]) - 1) * spec.strides[axis] + extent - length)
-        small, large = total // 2, total - total // 2
-        begins.append(small if spec.auto_pad == "SAME_UPPER" else large)
-        ends.append(large if spec.auto_pad == "SAME_UPPER" else small)
-    return begins, ends
+        return spec.pads[axis]
+    if not spec.auto_pad.startswith("SAME"):
+        return 0
+    stride, extent = spec.strides[axis], (spec.kernel[axis] - 1) * spec.dilations[axis] + 1
+    given = stride * (size - 1) + spec.output_padding[axis] - stride * size if spec.transposed else 0
+    total = max(0, given + extent if spec.transposed else (-(-size // stride) - 1) * stride + extent - size)
+    return total // 2 if spec.auto_pad == "SAME_UPPER" else total - total // 2
 
 
 class Moments:
@@ -291,6 +297,13 @@ class Moments:
         return LayerStatistics(mean, second, self._count)
 
 
+def together(seen: Sequence[LayerStatistics]) -> LayerStatistics:
+    """What layers see that read the same kernel, and have a bias each: the mean, which those take, is said to be 0."""
+    samples = sum(each.samples for each in seen)
+    moment = sum(each.covariance * (each.samples / samples) for each in seen)
+    return LayerStatistics(np.zeros_like(seen[0].mean), np.asarray(moment), samples)
+
+
 def _squared(matrix: np.ndarray) -> float:
     """Sum of the squares of a matrix in column order, which numpy would copy."""
     return float(np.vdot(matrix.T, matrix.T))
@@ -315,7 +328,7 @@ def patch_length(spec: ConvSpec) -> int:
 
 def has_moment(spec: ConvSpec) -> bool:
     """Whether the moment of a layer's patches can be formed, and is of use."""
-    return not spec.transposed and not spec.depthwise and patch_length(spec) <= MAX_PATCH
+    return not spec.depthwise and patch_length(spec) <= MAX_PATCH
 
 
 def collect(
@@ -329,8 +342,7 @@ def collect(
 ) -> dict[str, LayerStatistics]:
     """Statistics of the inputs of the layers called `names` in the model as it is.
 
-    Layers whose patches are too long for a moment, and transposed convolutions, have none. The samples pass one batch
-    after the other, and once for each set of layers whose moments fit into memory together.
+    Layers whose patches are too long for a moment have none. The samples pass one batch after the other, and once for each set of layers whose moments fit into memory together.
     """
     layers = {layer.name: layer for layer in found.layers}
     usable = sorted((n for n in names if has_moment(layers[n].spec)), key=lambda name: found.places[name].position)

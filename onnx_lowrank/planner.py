@@ -14,7 +14,7 @@ from typing import TypeVar
 from onnx_lowrank.budgets import BUDGET_SOLVERS, find_solver
 from onnx_lowrank.budgets.enc import TOP, combined
 from onnx_lowrank.budgets.knapsack import OutOfReach, cheapest
-from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length
+from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length, together
 from onnx_lowrank.candidates import (
     Group,
     Refuses,
@@ -248,20 +248,27 @@ class Planner:
 
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
-        """What the layers see, where there are samples to fit to."""
+        """What the layers see, where there are samples to fit to; those that read one kernel, what they see together."""
         feeds = self.calibration()
         if feeds is None or not self.fits:
             return {}
-        alone = [group.names[0] for group in self.subject.groups if len(group.layers) == 1]
         with self.stage("calibrate"):
-            return collect(
+            seen = collect(
                 self.subject.model,
                 self.subject.found,
-                alone,
+                [name for group in self.subject.groups for name in group.names],
                 held_apart(feeds)[0],
                 seed=self.config.seed,
                 progress=self.progress,
             )
+        for names in self._tied:
+            seen |= dict.fromkeys(names, together([seen[name] for name in names])) if names[0] in seen else {}
+        return seen
+
+    @property
+    def _tied(self) -> list[tuple[str, ...]]:
+        """Names of the layers of each group that reads one kernel several times."""
+        return [group.names for group in self.subject.groups if len(group.layers) > 1]
 
     def _for_each_group(
         self, function: Callable[[Task], Outcome], tasks: Sequence[Callable[[], Task]]
@@ -513,7 +520,7 @@ class Planner:
                     progress=self.progress,
                     cache=self._cache,
                     feeds=self._fitting() if fit else None,
-                    statistics=self.statistics if fit and self.joint else {},
+                    statistics=self.statistics if fit and (self.joint or self._tied) else {},
                     correct=not self.policy.plain,
                 )
         if self.config.finetune == "none" or not layers:  # what is trained needs them until then

@@ -37,7 +37,7 @@ from onnx_lowrank.decompositions.weighted import solve_spd
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, cuts, island_of
-from onnx_lowrank.types import Candidate, Factorization, LayerStatistics, Progress
+from onnx_lowrank.types import Candidate, Chain, Factorization, LayerStatistics, Progress
 
 RIDGES = (1e-3, 1e-2, 1e-1, np.inf)
 """Pulls of the regression towards the original kernel, relative to the mean variance of the inputs; the last keeps it."""
@@ -73,7 +73,7 @@ def refit(
     feeds
         Samples, batch by batch.
     statistics
-        What layers see in the original, for those that are decomposed together.
+        What layers see in the original, for those that are decomposed together or share a kernel.
 
     Returns
     -------
@@ -125,13 +125,12 @@ def _plain(
     choice: Candidate, cut: Cut, found: Found, statistics: Mapping[str, LayerStatistics], rng: np.random.Generator
 ) -> Factorization:
     """The factorization of a layer by the weights alone, or of all that are decomposed together, by what they see."""
-    seen = None
     decomposition, layers = find_decomposition(choice.decomposition), [cut.layer]
     if is_joint(choice.decomposition):
         by_name = {layer.name: layer for layer in found.layers}
         layers = [by_name[name] for name in choice.layers]
-        known = all(name in statistics for name in choice.layers)
-        seen = [statistics[name] for name in choice.layers] if known else None
+    known = all(layer.name in statistics for layer in layers)
+    seen = [statistics[layer.name] for layer in layers] if known else None
     weights = [layer.read_weight() for layer in layers]
     return lift.factorize(decomposition, [layer.spec for layer in layers], weights, choice.rank, seen, rng=rng)
 
@@ -203,6 +202,11 @@ class _Seen:
         return self._rows(self._compressed, self.cut.output)
 
     @property
+    def chain(self) -> Chain:
+        """What the layer becomes."""
+        return self.choice.chains[self.choice.layers.index(self.cut.layer.name)]
+
+    @property
     def weights(self) -> np.ndarray:
         """What each output channel counts for, (O,): its scale after normalisation, and in the kernels that read it."""
         reading = self.cut.follow.reading
@@ -245,7 +249,7 @@ class _Seen:
     def put(self, made: Factorization, shift: np.ndarray | None = None) -> None:
         """Run the chain on the compressed network as it is, with its output shifted."""
         index = self.choice.layers.index(self.cut.layer.name)
-        island = island_of(self._model, self.cut, self.choice.chains[index], made.of(index))
+        island = island_of(self._model, self.cut, self.chain, made.of(index))
         run_segment(island, self._compressed)
         if shift is not None:
             self._compressed.shift(self.cut, shift)
@@ -275,13 +279,18 @@ def _held_out(cut: Cut, outputs: Sequence[np.ndarray], where: Sequence[np.ndarra
     return np.concatenate(held)
 
 
+def _scaled(kernel: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """A kernel (O, ...) with each row times its number."""
+    return kernel * by.reshape(-1, *(1,) * (kernel.ndim - 1))
+
+
 class _Fit:
     """The fit of one layer's chain, in rounds."""
 
     def __init__(self, seen: _Seen, rng: np.random.Generator, given: Sequence[np.ndarray] | None = None) -> None:
         self._seen, self._rng, self._given = seen, rng, given
         self._layer = seen.cut.layer
-        self._weight = np.asarray(self._layer.read_weight(), dtype=np.float64)
+        self._weight = lift.by_output(self._layer.spec, np.asarray(self._layer.read_weight(), dtype=np.float64))
         inputs = seen.inputs()
         self._inputs, self._apart = inputs[~seen.held], inputs[seen.held]
         moments = Moments(seen.cut)
@@ -309,7 +318,7 @@ class _Fit:
             made = lift.factorize(
                 find_decomposition(self._seen.choice.decomposition),
                 [self._layer.spec],
-                [kernel * weights.reshape(-1, *(1,) * (kernel.ndim - 1))],
+                [lift.in_onnx_order(self._layer.spec, _scaled(kernel, weights))],
                 self._seen.choice.rank,
                 [stats],
                 rng=self._rng,
@@ -317,7 +326,8 @@ class _Fit:
             )
         self._made = made
         *others, last = made.kernels[0]
-        kernels = (*others, last / weights.reshape(-1, *(1,) * (last.ndim - 1)))
+        spec = self._seen.chain[-1].spec
+        kernels = (*others, lift.in_onnx_order(spec, _scaled(lift.by_output(spec, last), 1 / weights)))
         return replace(made, kernels=(kernels,)).stored(self._layer.dtype)
 
     def _own(self, kernel: np.ndarray, given: Sequence[np.ndarray]) -> Factorization:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.calibrate import Activations, collect, held_apart, input_rows, output_rows, run_segment, sample
+from onnx_lowrank.decompositions import lift
 from onnx_lowrank.graph.find import find_layers
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.segments import cuts
@@ -22,6 +23,15 @@ LAYERS = {
     "valid": ('Conv <auto_pad = "VALID">', (6, 4, 3, 3), (2, 4, 6, 7)),
     "one axis": ("Conv <pads = [1,2], strides = [2]>", (6, 4, 3), (2, 4, 11)),
     "three axes": ("Conv <pads = [1,1,1,1,1,1]>", (6, 4, 3, 2, 3), (2, 4, 5, 4, 4)),
+    "transposed": (
+        "ConvTranspose <strides = [2,2], pads = [1,0,2,1], output_padding = [1,0]>",
+        (4, 6, 3, 4),
+        (2, 4, 5, 6),
+    ),
+    "transposed, dilated": ("ConvTranspose <dilations = [1,2], strides = [1,3]>", (4, 6, 2, 3), (2, 4, 5, 4)),
+    "transposed, groups": ("ConvTranspose <group = 2, strides = [2]>", (4, 3, 5), (2, 4, 7)),
+    "transposed, same upper": ('ConvTranspose <auto_pad = "SAME_UPPER", strides = [2,2]>', (4, 6, 3, 5), (2, 4, 5, 6)),
+    "transposed, same lower": ('ConvTranspose <auto_pad = "SAME_LOWER", strides = [2,2]>', (4, 6, 3, 5), (2, 4, 5, 6)),
     "gemm": ("Gemm <transB = 1>", (6, 4), (5, 4)),
     "gemm of a transposed input": ("Gemm <transA = 1, transB = 1>", (6, 4), (4, 5)),
 }
@@ -46,10 +56,11 @@ def test_patches_times_the_kernel_are_the_output(label: str) -> None:
     (y,) = run(model.proto, {"x": x})
     where = sample(cut, y.shape, np.random.default_rng(0), len(y))
     patches, outputs = input_rows(cut, x, where), output_rows(cut, y, where)
-    group = found.layers[0].spec.group
+    spec = found.layers[0].spec
+    kernel = lift.by_output(spec, weight)
     blocks = [
         p @ w.reshape(len(w), -1).T
-        for p, w in zip(np.split(patches, group, axis=1), np.split(weight, group), strict=True)
+        for p, w in zip(np.split(patches, spec.group, axis=1), np.split(kernel, spec.group), strict=True)
     ]
     np.testing.assert_allclose(np.concatenate(blocks, axis=1), outputs, rtol=1e-4, atol=1e-5)
     assert len(outputs) > 4

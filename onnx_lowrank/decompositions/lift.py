@@ -3,9 +3,8 @@
 *Groups*: each group alone, so that the whole is block-diagonal. Kernels of grouped stages stack along their
 first axis, whatever the decomposition.
 
-*ConvTranspose*: it is the adjoint of the convolution with the same kernel and attributes, and the adjoint of
-a product is the product of the adjoints in reverse order. So the convolution's chain, reversed and each stage
-transposed, is the chain; the kernels are the same arrays.
+*ConvTranspose*: a convolution of the input with zeros between its numbers, each tap of the kernel named by where it reads.
+So its kernel is that of a convolution with the two channel axes exchanged, and so is that of every stage of its chain.
 """
 
 from __future__ import annotations
@@ -32,8 +31,26 @@ from onnx_lowrank.types import (
 
 def plain(spec: ConvSpec) -> ConvSpec:
     """One group of `spec`, as a convolution that is not transposed."""
-    first, *rest = spec.weight_shape
-    return replace(spec, weight_shape=(first // spec.group, *rest), group=1, transposed=False)
+    first, second, *kernel = spec.weight_shape
+    channels = (second, first // spec.group) if spec.transposed else (first // spec.group, second)
+    return replace(spec, weight_shape=(*channels, *kernel), group=1, transposed=False)
+
+
+def by_output(spec: ConvSpec, kernel: np.ndarray) -> np.ndarray:
+    """A kernel in ONNX order as (O, I / group, *spatial); one of a ConvTranspose comes as (I, O / group, *spatial)."""
+    return _exchanged(kernel, spec.group) if spec.transposed else kernel
+
+
+def in_onnx_order(spec: ConvSpec, kernel: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`by_output`."""
+    return _exchanged(kernel, spec.group) if spec.transposed else kernel
+
+
+def _exchanged(kernel: np.ndarray, group: int) -> np.ndarray:
+    """(group * a, b, ...) as (group * b, a, ...), each group by itself."""
+    first, second, *spatial = kernel.shape
+    blocks = kernel.reshape(group, first // group, second, *spatial).swapaxes(1, 2)
+    return np.ascontiguousarray(blocks).reshape(group * second, first // group, *spatial)
 
 
 def refuses(decomposition: Decomposition, specs: Sequence[ConvSpec]) -> str | None:
@@ -104,7 +121,8 @@ def factorize(
 ) -> Factorization:
     """Kernels for :func:`chains`, in float64."""
     parts, seen = _groups(specs, weights), _group_statistics(specs, statistics)
-    begin = _group_starts(specs, start)
+    declared = chains(decomposition, specs, rank)
+    begin = _group_starts(specs, declared, start)
     results = [
         decomposition.factorize(part, rank, stats, rng=rng, start=kernels, draft=draft)
         for part, stats, kernels in zip(parts, seen, begin, strict=True)
@@ -115,9 +133,8 @@ def factorize(
         [np.concatenate(blocks) if len(blocks) > 1 else blocks[0] for blocks in zip(*per_group, strict=True)]
         for per_group in zip(*(result.kernels for result in results), strict=True)
     )
-    declared = decomposition.chain([plain(spec) for spec in specs], rank)
     return Factorization(
-        tuple(_lift_kernels(*layer) for layer in zip(specs, declared, stacked, strict=True)),
+        tuple(_lift_kernels(*layer) for layer in zip(declared, stacked, strict=True)),
         float(np.sqrt(energy @ squared / energy.sum())) if energy.sum() > 0 else 0.0,
         all(result.converged for result in results),
         next((result.next_step for result in results if result.next_step), ""),
@@ -159,7 +176,8 @@ def _without_groups(kernel: np.ndarray, group: int) -> np.ndarray:
 def _groups(specs: Sequence[ConvSpec], weights: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     """For each group, the weight of each layer restricted to it."""
     group = specs[0].group
-    return [list(part) for part in zip(*(np.split(weight, group) for weight in weights), strict=True)]
+    direct = (by_output(spec, weight) for spec, weight in zip(specs, weights, strict=True))
+    return [list(part) for part in zip(*(np.split(weight, group) for weight in direct), strict=True)]
 
 
 def _group_statistics(
@@ -173,13 +191,19 @@ def _group_statistics(
 
 
 def _group_starts(
-    specs: Sequence[ConvSpec], start: Sequence[Sequence[np.ndarray]] | None
+    specs: Sequence[ConvSpec], declared: Sequence[Chain], start: Sequence[Sequence[np.ndarray]] | None
 ) -> Sequence[Sequence[Sequence[np.ndarray]] | None]:
     """For each group, its part of the kernels to go on from."""
     group = specs[0].group
     if start is None:
         return [None] * group
-    parts = [[np.split(np.asarray(kernel, dtype=np.float64), group) for kernel in kernels] for kernels in start]
+    parts = [
+        [
+            np.split(by_output(stage.spec, np.asarray(kernel, dtype=np.float64)), group)
+            for stage, kernel in zip(chain, kernels, strict=True)
+        ]
+        for chain, kernels in zip(declared, start, strict=True)
+    ]
     return [[[kernel[index] for kernel in kernels] for kernels in parts] for index in range(group)]
 
 
@@ -201,10 +225,11 @@ def _lift_chain(spec: ConvSpec, chain: Chain) -> Chain:
     if spec.group == 1 and not spec.transposed:
         return chain
     # one layer by itself: nothing of it is shared or joined from parts
-    lifted = [Stage(_with_groups(stage.spec, spec.group)) for stage in chain]
-    if not spec.transposed:
-        return tuple(lifted)
-    return tuple(Stage(_adjoint(stage.spec)) for stage in reversed(lifted))
+    lifted = [_with_groups(stage.spec, spec.group) for stage in chain]
+    if spec.transposed and is_pointwise(spec):  # the zeros in between come last: nothing is computed from them
+        lifted = [stage.stage(stage.weight_shape[0], stage.weight_shape[1], group=stage.group) for stage in lifted]
+        lifted[-1] = replace(plain(spec), weight_shape=lifted[-1].weight_shape, group=lifted[-1].group)
+    return tuple(Stage(_transposed(stage) if spec.transposed else stage) for stage in lifted)
 
 
 def _with_groups(spec: ConvSpec, group: int) -> ConvSpec:
@@ -212,12 +237,11 @@ def _with_groups(spec: ConvSpec, group: int) -> ConvSpec:
     return replace(spec, weight_shape=(first * group, *rest), group=spec.group * group)
 
 
-def _adjoint(spec: ConvSpec) -> ConvSpec:
-    if not _mixes_channels_only(spec):
-        return replace(spec, transposed=True)
-    # a transposed pointwise convolution is a plain one with the matrix transposed, and runtimes are faster at that
-    first, inner, *ones = spec.weight_shape
-    return replace(spec, weight_shape=(inner * spec.group, first // spec.group, *ones))
+def _transposed(spec: ConvSpec) -> ConvSpec:
+    if _mixes_channels_only(spec):  # with no zeros in between it is a plain one, and runtimes are faster at that
+        return spec
+    first, second, *kernel = spec.weight_shape
+    return replace(spec, weight_shape=(second * spec.group, first // spec.group, *kernel), transposed=True)
 
 
 def _mixes_channels_only(spec: ConvSpec) -> bool:
@@ -225,19 +249,6 @@ def _mixes_channels_only(spec: ConvSpec) -> bool:
     return is_pointwise(spec) and trivial
 
 
-def _lift_kernels(spec: ConvSpec, chain: Chain, kernels: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+def _lift_kernels(chain: Chain, kernels: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
     """Kernels as :func:`_lift_chain` declares them; `kernels` are stacked over the groups already."""
-    if not spec.transposed:
-        return tuple(kernels)
-    lifted = [_with_groups(stage.spec, spec.group) for stage in chain]
-    return tuple(
-        _adjoint_kernel(stage, kernel) for stage, kernel in zip(reversed(lifted), reversed(kernels), strict=True)
-    )
-
-
-def _adjoint_kernel(spec: ConvSpec, kernel: np.ndarray) -> np.ndarray:
-    if not _mixes_channels_only(spec):
-        return kernel
-    first, inner, *ones = kernel.shape
-    blocks = kernel.reshape(spec.group, first // spec.group, inner)  # (g*a, b, 1...) -> (g, a, b)
-    return np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(spec.group * inner, first // spec.group, *ones)
+    return tuple(in_onnx_order(stage.spec, kernel) for stage, kernel in zip(chain, kernels, strict=True))
