@@ -83,6 +83,8 @@ class _Checker:
     def __init__(self, graph: Any, ops: OpList) -> None:
         self._listed, self._ops = checker._SupportedOpsChecker(ops.path), ops
         self._stored = {tensor.name for tensor in graph.initializer}
+        pairs = [node for node in graph.node if node.op_type == "DequantizeLinear"]  # part of the node that reads it
+        self._stored |= {node.output[0] for node in pairs if self._stored.issuperset(filter(None, node.input))}
         values = [*graph.input, *graph.output, *graph.value_info]
         self._axes = {v.name: len(v.type.tensor_type.shape.dim) for v in values if v.type.HasField("tensor_type")}
         self.unsupported: dict[str, None] = {}  # in order; a node may be asked about twice

@@ -20,6 +20,7 @@ from onnx_lowrank.placement import Placement
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.runtime import Partitions, block_size, known_providers
 from onnx_lowrank.subject import open_subject
+from onnx_lowrank.quantize import as_quantized
 from onnx_lowrank.targets import TARGETS, count_partitions, find_target
 from onnx_lowrank.types import LowRankError, no_progress
 from tests import tiny
@@ -186,6 +187,17 @@ def test_where_the_notes_hold_the_count_is_that_of_onnx_runtime(tmp_path: Path) 
     theirs = usability_checker.check_nnapi_partitions(onnx.shape_inference.infer_shapes(fixed), True)
     assert (ours.num_partitions, ours.share) == (theirs.num_partitions, 1.0)
     assert theirs.num_supported_nodes == theirs.num_nodes
+
+
+def test_a_model_in_eight_bits_is_one_part_where_the_target_has_such_operators() -> None:
+    sizes = {"input": (1, 1, 28, 28)}
+    found = {}
+    for name in WITH_PARTS:
+        ops = find_target(name).ops
+        assert ops is not None
+        found[name] = count_partitions(as_quantized(load(models.DIGITS), sizes), sizes, ops)
+    assert (found["nnapi"].num_partitions, found["nnapi"].share) == (1, 1.0)
+    assert found["coreml"].num_partitions > 1
 
 
 def test_fewer_parts_and_a_larger_share_are_no_worse() -> None:
