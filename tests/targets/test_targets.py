@@ -18,9 +18,9 @@ from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.model import Model, load
 from onnx_lowrank.placement import Placement
 from onnx_lowrank.planner import Planner
+from onnx_lowrank.quantize import as_quantized
 from onnx_lowrank.runtime import Partitions, block_size, known_providers
 from onnx_lowrank.subject import open_subject
-from onnx_lowrank.quantize import as_quantized
 from onnx_lowrank.targets import TARGETS, count_partitions, find_target
 from onnx_lowrank.types import LowRankError, no_progress
 from tests import tiny
