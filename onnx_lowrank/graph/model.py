@@ -205,6 +205,16 @@ def attributes(node: onnx.NodeProto) -> dict[str, onnx.AttributeProto]:
     return {a.name: a for a in node.attribute}
 
 
+def tensors_read(node: onnx.NodeProto) -> set[str]:
+    """Tensors that a node reads, from inside its subgraphs too."""
+    names = {name for name in node.input if name}
+    for graph in subgraphs(node):
+        for inner in graph.node:
+            names |= tensors_read(inner)
+        names |= {o.name for o in graph.output}
+    return names
+
+
 def scopes(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
     """Every graph that sees the stored tensors of the main one: itself, what it holds, and those of training."""
     yield from all_graphs(proto.graph)

@@ -16,7 +16,7 @@ import onnx
 from onnx_lowrank.graph.constants import Constants
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.islands import Naming, build_island
-from onnx_lowrank.graph.model import Model, attributes, subgraphs
+from onnx_lowrank.graph.model import Model, attributes, tensors_read
 from onnx_lowrank.types import Chain, Layer
 
 
@@ -206,7 +206,7 @@ class _Whole:
         self._stored = {t.name: t for t in model.graph.initializer}
         self._constants = Constants(model)
         self.nodes = list(model.graph.node)
-        self.reads = [_reads(node) for node in self.nodes]
+        self.reads = [tensors_read(node) for node in self.nodes]
         self._results = {o.name for o in model.graph.output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
         for node, names in zip(self.nodes, self.reads, strict=True):
@@ -319,13 +319,3 @@ class _Whole:
             blocks = kernel.reshape(group, len(kernel) // group, kernel.shape[1], -1)  # (g, O/g, I/g, k)
             squares.append(blocks.sum(axis=(1, 3)).ravel())
         return np.sqrt(sum(squares)) if squares and name not in self._results else None
-
-
-def _reads(node: onnx.NodeProto) -> set[str]:
-    """Tensors that a node reads, from inside its subgraphs too."""
-    names = {name for name in node.input if name}
-    for graph in subgraphs(node):
-        for inner in graph.node:
-            names |= _reads(inner)
-        names |= {o.name for o in graph.output}
-    return names

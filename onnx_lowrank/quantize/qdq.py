@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from graphlib import TopologicalSorter
+from heapq import heappop, heappush
 
 import numpy as np
 import onnx
@@ -14,7 +16,7 @@ from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from onnx_lowrank.graph.constants import drop_unread, read_tensor
-from onnx_lowrank.graph.model import Model, fresh_name, scopes, tensor_names
+from onnx_lowrank.graph.model import Model, fresh_name, scopes, tensor_names, tensors_read
 from onnx_lowrank.types import LowRankError
 
 OPS = (
@@ -113,17 +115,17 @@ def insert_qdq(
             activations,
             TensorsData(CalibrationMethod.MinMax, data),
             [],
-            [*float_nodes, *_unranged(given, ranges)],
+            [*float_nodes, *_unranged(given, ranges), *_read_within(given)],
             list(OPS),
             {"ActivationSymmetric": signed},
         )
         quantizer.quantize_model()
-        quantizer.model.topological_sort()
     except Exception as error:  # of many kinds, and none of its own
         raise LowRankError(f"ONNX Runtime cannot quantise the model: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.root.setLevel(level)
     made = quantizer.model.model
+    _sort(made.graph)
     del made.graph.value_info[:]
     made.graph.value_info.extend(given.graph.value_info)
     made.metadata_props.clear()
@@ -151,6 +153,12 @@ def _unranged(model: Model, ranges: Mapping[str, object]) -> list[str]:
     ]
 
 
+def _read_within(model: Model) -> list[str]:
+    """Nodes whose outputs a graph within a node reads as well: the quantiser sees the main graph alone."""
+    within = {name for node in model.graph.node for name in tensors_read(node) - set(node.input)}
+    return [node.name for node in model.graph.node if not within.isdisjoint(node.output)]
+
+
 def _data(node: onnx.NodeProto) -> list[str]:
     """What a node computes with and makes, apart from shapes, axes and the like."""
     several = node.op_type in ("Add", "Mul", "Concat", "MatMul", "Gemm", "Conv")
@@ -168,6 +176,24 @@ def _raised(model: Model) -> Model:
             f"the model is of operator set {model.opset}, INT8 needs {OPSET}, and it cannot be raised "
             f"({' '.join(str(error).split())[:200]}): export it anew"
         ) from error
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Put every node after those that make what it reads, within its own graphs too; otherwise the order stays."""
+    makers = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    sorter = TopologicalSorter(
+        {index: {makers[n] for n in tensors_read(node) if n in makers} for index, node in enumerate(graph.node)}
+    )
+    nodes, order, ready = list(graph.node), list[int](), list[int]()
+    sorter.prepare()
+    while sorter.is_active():
+        for index in sorter.get_ready():
+            heappush(ready, index)
+        order.append(first := heappop(ready))
+        sorter.done(first)
+    sorted_ = [onnx.NodeProto.FromString(nodes[index].SerializeToString()) for index in order]
+    del graph.node[:]
+    graph.node.extend(sorted_)
 
 
 def _compact(model: Model, taken: set[str]) -> None:

@@ -94,6 +94,24 @@ def test_nothing_that_is_added_is_stored_twice() -> None:
     assert len(model.proto.SerializeToString()) < weights + scales + 6000
 
 
+def test_what_a_branch_reads_is_made_before_it() -> None:
+    text = """g (float[N, 3, 8, 8] x, bool c) => (float[N, 8, 8, 8] y) {
+      a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+      r = Relu (a)
+      y = If (c) <
+        then_branch = t () => (float[N, 8, 8, 8] z) { z = Conv <pads = [1, 1, 1, 1]> (r, w2) },
+        else_branch = e () => (float[N, 8, 8, 8] z2) { z2 = Identity (r) }
+      >
+    }"""
+    proto = parse(text, w1=normal(8, 3, 3, 3), w2=normal(8, 8, 3, 3))
+    feeds = {"x": normal(4, 3, 8, 8), "c": np.array(True)}
+    ready = prepared(load(proto), [feeds])
+    model = insert_qdq(ready, measure_ranges(ready, [feeds]))
+    onnx.checker.check_model(model.proto, full_check=True)
+    (got,), (wanted,) = run(model.proto, feeds), run(proto, feeds)
+    assert np.square(got - wanted).sum() < 3e-3 * np.square(wanted).sum()
+
+
 def test_a_model_without_its_own_ranges_runs_all_the_same() -> None:
     proto = network()
     model = as_quantized(load(proto), {"x": (1, 3, 16, 16)})
