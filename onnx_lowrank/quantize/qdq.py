@@ -30,6 +30,9 @@ LINEAR = ("Conv", "Gemm", "MatMul")
 
 QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
 
+UNEVEN = 8.0
+"""Times that a range may be larger than another of the same scale: three of its eight bits."""
+
 OPSET = 13
 """The first with a scale for each channel."""
 
@@ -115,7 +118,7 @@ def insert_qdq(
             activations,
             TensorsData(CalibrationMethod.MinMax, data),
             [],
-            [*float_nodes, *_unranged(given, ranges), *_read_within(given)],
+            [*float_nodes, *_unranged(given, ranges), *_read_within(given), *_uneven(given, ranges)],
             list(OPS),
             {"ActivationSymmetric": signed},
         )
@@ -157,6 +160,16 @@ def _read_within(model: Model) -> list[str]:
     """Nodes whose outputs a graph within a node reads as well: the quantiser sees the main graph alone."""
     within = {name for node in model.graph.node for name in tensors_read(node) - set(node.input)}
     return [node.name for node in model.graph.node if not within.isdisjoint(node.output)]
+
+
+def _uneven(model: Model, ranges: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Nodes that join tensors of very different ranges (boxes and scores, say): one scale for all would leave some nothing."""
+    found = []
+    for node in model.graph.node:
+        spans = [high - low for low, high in (ranges[name] for name in node.input if name in ranges)]
+        if node.op_type == "Concat" and spans and max(spans) > UNEVEN * min(spans):
+            found.append(node.name)
+    return found
 
 
 def _data(node: onnx.NodeProto) -> list[str]:

@@ -94,6 +94,22 @@ def test_nothing_that_is_added_is_stored_twice() -> None:
     assert len(model.proto.SerializeToString()) < weights + scales + 6000
 
 
+@pytest.mark.parametrize("factor", [1.0, 100.0])
+def test_what_is_joined_has_one_scale_only_where_that_fits_all(factor: float) -> None:
+    text = """g (float[N, 3, 8, 8] x) => (float[N, 16, 8, 8] y) {
+      [one] a = Conv (x, w1)
+      [two] b = Conv (x, w2)
+      [join] y = Concat <axis = 1> (a, b)
+    }"""
+    proto = parse(text, w1=normal(8, 3, 1, 1), w2=factor * normal(8, 3, 1, 1, seed=1))
+    feeds = {"x": normal(4, 3, 8, 8)}
+    ready = prepared(load(proto), [feeds])
+    model = insert_qdq(ready, measure_ranges(ready, [feeds]))
+    (got,), (wanted,) = run(model.proto, feeds), run(proto, feeds)
+    for part in (slice(8), slice(8, 16)):
+        assert np.square((got - wanted)[:, part]).sum() < 3e-3 * np.square(wanted[:, part]).sum()
+
+
 def test_what_a_branch_reads_is_made_before_it() -> None:
     text = """g (float[N, 3, 8, 8] x, bool c) => (float[N, 8, 8, 8] y) {
       a = Conv <pads = [1, 1, 1, 1]> (x, w1)
