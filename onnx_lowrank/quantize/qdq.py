@@ -15,7 +15,7 @@ from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from onnx_lowrank.graph.constants import drop_unread, read_tensor
+from onnx_lowrank.graph.constants import drop_unread, lists_all, read_tensor
 from onnx_lowrank.graph.model import Model, fresh_name, scopes, tensor_names, tensors_read
 from onnx_lowrank.types import LowRankError
 
@@ -118,7 +118,7 @@ def insert_qdq(
             activations,
             TensorsData(CalibrationMethod.MinMax, data),
             [],
-            [*float_nodes, *_unranged(given, ranges), *_read_within(given), *_uneven(given, ranges)],
+            [*float_nodes, *_unranged(given, ranges), *_read_within(given), *_uneven(given, ranges), *_fed(given)],
             list(OPS),
             {"ActivationSymmetric": signed},
         )
@@ -170,6 +170,13 @@ def _uneven(model: Model, ranges: Mapping[str, tuple[float, float]]) -> list[str
         if node.op_type == "Concat" and spans and max(spans) > UNEVEN * min(spans):
             found.append(node.name)
     return found
+
+
+def _fed(model: Model) -> list[str]:
+    """Nodes that read a stored tensor that a user may feed another value for."""
+    listed = set() if lists_all(model) else {value.name for value in model.graph.input}
+    open_ = {tensor.name for tensor in model.graph.initializer} & listed
+    return [node.name for node in model.graph.node if not open_.isdisjoint(node.input)]
 
 
 def _data(node: onnx.NodeProto) -> list[str]:

@@ -110,6 +110,27 @@ def test_what_is_joined_has_one_scale_only_where_that_fits_all(factor: float) ->
         assert np.square((got - wanted)[:, part]).sum() < 3e-3 * np.square(wanted[:, part]).sum()
 
 
+def test_a_kernel_that_may_be_fed_is_left_alone() -> None:
+    text = """g (float[N, 3, 8, 8] x) => (float[N, 8, 8, 8] y) {
+      [one] a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+      [two] b = Conv <pads = [1, 1, 1, 1]> (a, w2)
+      [three] c = Conv <pads = [1, 1, 1, 1]> (b, w3)
+      [four] y = Conv <pads = [1, 1, 1, 1]> (c, w4)
+    }"""
+    kernels = {f"w{index}": normal(8, 3 if index == 1 else 8, 3, 3, seed=index) for index in (1, 2, 3, 4)}
+    proto = parse(text, **kernels)
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("w2", onnx.TensorProto.FLOAT, [8, 8, 3, 3]))
+    feeds = {"x": normal(4, 3, 8, 8)}
+    ready = prepared(load(proto), [feeds])
+    model = insert_qdq(ready, measure_ranges(ready, [feeds]))
+    other = feeds | {"w2": normal(8, 8, 3, 3, seed=9)}
+    (got,), (wanted,) = run(model.proto, other), run(proto, other)
+    assert np.square(got - wanted).sum() < 3e-2 * np.square(wanted).sum()
+    assert any(
+        len(tensor.dims) == 4 and tensor.data_type == onnx.TensorProto.INT8 for tensor in model.graph.initializer
+    )
+
+
 def test_what_a_branch_reads_is_made_before_it() -> None:
     text = """g (float[N, 3, 8, 8] x, bool c) => (float[N, 8, 8, 8] y) {
       a = Conv <pads = [1, 1, 1, 1]> (x, w1)
