@@ -297,10 +297,17 @@ class Bench:
         return Attempt(plan, placed.model, path, layers, placed.size, accuracy)
 
     def _step(self, size: Size, plan: Plan, accuracy: Accuracy) -> Step:
-        counts = ("macs", "params", "size_bytes")
-        shares = [getattr(size, name) / (getattr(self.original, name) or 1) for name in counts]
+        before = self.original
         latency = plan.ratio("latency") if plan.original.latency_ms else None
-        return Step(*shares, latency, accuracy.compressed, accuracy.drop, accuracy.drop_upper_95)
+        return Step(
+            size.macs / (before.macs or 1),
+            size.params / (before.params or 1),
+            size.size_bytes / before.size_bytes,
+            latency,
+            accuracy.compressed,
+            accuracy.drop,
+            accuracy.drop_upper_95,
+        )
 
     def search(self, best: Attempt) -> tuple[Step, ...]:
         """What was measured so far, in its order; `best` is the result."""

@@ -150,7 +150,9 @@ def layer_details(
     macs = {layer.name: layer.macs for group in groups for layer in group.layers}
     details = {}
     for group, (spectra, made) in zip(groups, seen, strict=True):
-        curves = _curves([c for each in known for c in each if group.names[0] in c.layers] or made, macs)
+        seen_by_plan = [c for each in known for c in each if group.names[0] in c.layers] or made
+        first = reports.get(group.names[0])
+        curves = _curves(seen_by_plan, macs, first, kind == "kernel")
         for index, layer in enumerate(group.layers):
             report = reports.get(layer.name)
             params = 0 if index else layer.spec.params  # of a kernel that several layers read: once
@@ -230,26 +232,41 @@ def spectrum(matrix: np.ndarray, rank: int | None = None) -> Spectrum:
     )
 
 
-def _curves(candidates: Sequence[Candidate], macs: Mapping[str, int]) -> tuple[Curve, ...]:
-    """Candidates by method; what several layers share is told for one of them."""
-    points: dict[str, list[tuple[Rank, float, float]]] = {}
+_Point = tuple[Rank, float, float]
+
+
+def _curves(
+    candidates: Sequence[Candidate], macs: Mapping[str, int], report: LayerReport | None, squared: bool
+) -> tuple[Curve, ...]:
+    """Candidates by method, with what was chosen; what several layers share is told for one of them.
+
+    Where no candidate is what was chosen (a rank by an estimator, or of one's own), the error of the fit stands for its own,
+    if that is of the same kind (`squared`).
+    """
+    points: dict[str, list[_Point]] = {}
     for c in candidates:
         if not c.dense:
             whole = sum(macs[name] for name in c.layers) or 1
             each = len(c.layers) if is_joint(c.decomposition) else 1
             points.setdefault(c.decomposition, []).append((c.rank, c.cost.macs / whole, c.error / each))
-    return tuple(Curve(name, _thinned(_front(each))) for name, each in points.items())
+    curves = {name: _thinned(_front(each)) for name, each in points.items()}
+    if report is not None:
+        name, own = report.decomposition, [p for p in points.get(report.decomposition, ()) if p[0] == report.rank]
+        if not own and squared and report.macs_before:
+            own = [(report.rank, report.macs_after / report.macs_before, report.relative_error**2)]
+        curves[name] = tuple(sorted({*curves.get(name, ()), *own[:1]}, key=lambda p: p[1:]))
+    return tuple(Curve(name, each) for name, each in curves.items())
 
 
-def _front(points: Sequence[tuple[Rank, float, float]]) -> list[tuple[Rank, float, float]]:
+def _front(points: Sequence[_Point]) -> list[_Point]:
     """The points that no cheaper one is as good as, the cheapest first."""
-    kept: list[tuple[Rank, float, float]] = []
+    kept: list[_Point] = []
     for point in sorted(points, key=lambda p: (p[1], p[2])):
         if not kept or point[2] < kept[-1][2]:
             kept.append(point)
     return kept
 
 
-def _thinned(points: Sequence[tuple[Rank, float, float]]) -> tuple[tuple[Rank, float, float], ...]:
+def _thinned(points: Sequence[_Point]) -> tuple[_Point, ...]:
     picks = sorted({round(i) for i in np.linspace(0, len(points) - 1, min(len(points), CURVE))})
     return tuple(points[i] for i in picks)
