@@ -35,9 +35,11 @@ METHODS = ("tucker2", "spatial_svd", "channel_svd", "channel_svd_in", "cp3", "jo
 MOST_BYTES = 2_000_000
 
 
+SPECTRUM = spectrum(np.random.default_rng(0).standard_normal((64, 96)) @ np.diag(0.95 ** np.arange(96)))
+
+
 def layer(number: int, name: str) -> LayerDetails:
     """A layer as it may be: full curves, a spectrum or two, chosen by turns."""
-    rng = np.random.default_rng(number)
     method = (*METHODS, "dense")[number % 8]
     rank = (24, 16) if method == "tucker2" else (32,)
     shares = np.linspace(0.02, 0.98, 24)
@@ -55,10 +57,9 @@ def layer(number: int, name: str) -> LayerDetails:
     if method != "dense":
         nodes = tuple(f"{name}_lowrank_{i}" for i in range(2))
         report = LayerReport(name, "Conv", method, rank, 10**7, 4 * 10**6, 10**5, 3 * 10**4, 0.25, True, "", nodes)
-    kernel = rng.standard_normal((64, 96)) @ np.diag(0.95 ** np.arange(96))
-    spectra = (spectrum(kernel, rank[0] if report else None),)
+    spectra = (replace(SPECTRUM, rank=rank[0] if report else None),)
     if method == "tucker2":
-        spectra += (spectrum(kernel.T, rank[1]),)
+        spectra += (replace(SPECTRUM, rank=rank[1]),)
     after = (4 * 10**6, 3 * 10**4) if report else (10**7, 10**5)
     return LayerDetails(
         name, "Conv", (64, 64, 3, 3), 10**7, after[0], 10**5, after[1], report, spectra, curves, "kernel"
