@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from onnx_lowrank import pipeline, runtime
@@ -416,16 +417,27 @@ def _print(arguments: argparse.Namespace, parts: Iterable[Any], *, wrap: bool = 
 def _progress(arguments: argparse.Namespace) -> Any:
     """Bars on a terminal, nothing when piped or quiet."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # 80 characters, whatever the stages are called
+    columns = (
+        TextColumn("{task.description:>11}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}", style="dim", table_column=Column(no_wrap=True, overflow="ellipsis")),
+    )
     with Progress(
         *columns, console=console, transient=True, disable=arguments.quiet or not console.is_terminal
     ) as bars:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, tuple[Any, int]] = {}
 
         def report(stage: str, done: int, total: int) -> None:
-            name = stage.partition(": ")[0]  # what follows may change: how well it goes
-            if name not in tasks:
-                tasks[name] = bars.add_task(stage, total=total)
-            bars.update(tasks[name], completed=done, total=total, description=stage)
+            name, _, note = stage.partition(": ")  # what follows may change: how well it goes
+            if not total:
+                return
+            task, before = tasks.get(name) or (bars.add_task(name, total=total, note=""), 0)
+            if done < before:  # the same again: how fast it went before says nothing
+                bars.reset(task)
+            tasks[name] = task, done
+            bars.update(task, completed=done, total=total, note=note or ("" if done >= total else "left"))
 
         yield report
