@@ -197,8 +197,13 @@ def _seen(
 
 
 def _spectra(group: Group, choice: Candidate | None) -> tuple[Spectrum, ...]:
-    """Of the matrices that a choice cuts, of the first group of channels; of the kernel's rows where it cuts none."""
+    """Of the matrices that a choice cuts, of the first group of channels; of the kernel's rows where it cuts none.
+
+    A depthwise kernel has none worth showing: each of its channels is one row.
+    """
     spec = group.layers[0].spec
+    if spec.depthwise:
+        return ()
     kernel = np.split(group.layers[0].read_weight(), spec.group)[0]
     cuts: list[tuple[np.ndarray, int | None]] = [(unfold(kernel, 0), None)]
     if choice is not None and not choice.dense:

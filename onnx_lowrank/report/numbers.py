@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -76,6 +78,19 @@ def milliseconds(value: float) -> str:
     '3.21 ms'
     """
     return f"{digits(value)} ms"
+
+
+def pair(before: float, after: float, show: Callable[[Any], str]) -> tuple[str, str]:
+    """Two values as `show` writes them, with their unit once where it is the same.
+
+    Examples
+    --------
+    >>> pair(16_900_000, 14_400_000, size), pair(2_000_000, 500_000, short), pair(12, 7, short)
+    (('16.9', '14.4 MB'), ('2.00 M', '500 k'), ('12', '7'))
+    """
+    first, second = show(before), show(after)
+    same = first.partition(" ")[2] == second.partition(" ")[2]
+    return (first.partition(" ")[0] if same else first), second
 
 
 def figure(metric: str, value: float) -> str:

@@ -84,7 +84,7 @@ def result_page(result: Result, origin: Origin) -> str:
         cards=_cards(report.original, report.compressed, report.accuracy, report.latency),
         budgets=[_budget(budget, report.accuracy) for budget in report.budgets],
         notes=report.notes,
-        layers=panels(result.details),
+        layers=panels(result.details, report.skips),
         network=_network(result.details, report.original, report.compressed),
         search=_search(report),
         latency=_latencies(report.latency),
@@ -123,7 +123,7 @@ def inspection_page(view: Inspection, origin: Origin) -> str:
         verdict=("plain", f"{len(view.layers)} layers that can be decomposed"),
         cards=_counts(view.cost, len(view.layers)),
         notes=view.notes,
-        layers=panels(view.details),
+        layers=panels(view.details, view.skips),
         network=_network(view.details, Size(view.cost.macs, view.cost.params, 0), None),
         skips=_skips(view.skips),
         sections=view.sections,
@@ -232,7 +232,7 @@ def _cards(
             cards.append(Card("Speedup", "not run", "", "", f"not run on {on}"))
             continue
         interval = f"{latency.speedup_low_95:.2f} to {latency.speedup_high_95:.2f} with 95 % confidence"
-        before, after = numbers.digits(latency.original_ms), numbers.milliseconds(latency.compressed_ms)
+        before, after = numbers.pair(latency.original_ms, latency.compressed_ms, numbers.milliseconds)
         cards.append(
             Card(
                 "Speedup",
@@ -264,7 +264,9 @@ def _cards(
         before_count, after_count = getattr(original, attribute), getattr(compressed, attribute)
         share = after_count / before_count if before_count else 1.0
         cards.append(
-            Card(name, numbers.percent(share), shown(before_count), shown(after_count), "of the original", share)
+            Card(
+                name, numbers.percent(share), *numbers.pair(before_count, after_count, shown), "of the original", share
+            )
         )
     return tuple(cards)
 

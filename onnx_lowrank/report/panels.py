@@ -11,7 +11,7 @@ from onnx_lowrank.details import ERROR_KINDS, Curve, LayerDetails, Spectrum
 from onnx_lowrank.report.charts import Axis, Chart, ceiling
 from onnx_lowrank.report.data import Report, Step
 from onnx_lowrank.report.numbers import PERCENT, TIMES, difference, digits, figure, percent
-from onnx_lowrank.types import Rank
+from onnx_lowrank.types import Rank, Skip
 
 FLOOR = 1e-3
 """Of the largest singular value: what is smaller is drawn here."""
@@ -49,6 +49,8 @@ class Panel:
     within: str
     error: str
     """What the errors of the charts are of."""
+    reason: str = ""
+    """Why the layer is as it was."""
 
     @property
     def rank(self) -> str:
@@ -64,12 +66,13 @@ class Panel:
         return self.details.macs_after / self.details.macs_before if self.details.macs_before else 1.0
 
 
-def panels(details: Sequence[LayerDetails]) -> tuple[Panel, ...]:
-    """The layers in their order."""
-    return tuple(_panel(number, layer) for number, layer in enumerate(details, 1))
+def panels(details: Sequence[LayerDetails], skips: Sequence[Skip] = ()) -> tuple[Panel, ...]:
+    """The layers in their order; `skips` say why some are as they were."""
+    reasons = {skip.layer: skip.reason for skip in skips}
+    return tuple(_panel(number, layer, reasons.get(layer.name, "")) for number, layer in enumerate(details, 1))
 
 
-def _panel(number: int, layer: LayerDetails) -> Panel:
+def _panel(number: int, layer: LayerDetails, reason: str) -> Panel:
     charts = [spectrum_chart(layer)] if layer.spectra else []
     charts += [error_chart(layer, by_rank=True), error_chart(layer, by_rank=False)] if layer.curves else []
     share = layer.macs_after / layer.macs_before if layer.report and layer.macs_before else HALF
@@ -81,11 +84,12 @@ def _panel(number: int, layer: LayerDetails) -> Panel:
         tuple(_alternatives(layer, share)),
         percent(share),
         ERROR_KINDS[layer.error_kind],
+        reason,
     )
 
 
 def _modes(layer: LayerDetails) -> tuple[str, ...]:
-    return ("output channels", "input channels") if len(layer.spectra) > 1 else ("",)
+    return ("output channels", "input channels") if len(layer.spectra) > 1 else ("",) * len(layer.spectra)
 
 
 def _in_words(spectrum: Spectrum, mode: str) -> str:

@@ -28,6 +28,7 @@ from onnx_lowrank.rewrite import LayerReport
 from onnx_lowrank.runtime import Partitions
 from onnx_lowrank.types import Skip
 from onnx_lowrank.verify import Accuracy, Latency
+from tests.helpers import parse
 from tests.report.browser import Browser, needs_chromium, open_browser
 
 EVIL = "<script>window.evil=1</script><img src=x onerror=window.evil=1>\"'"
@@ -132,7 +133,7 @@ def test_a_page_says_what_was_done_and_how_to_get_it_again() -> None:
     text = Parts(result_page(made(5), ORIGIN)).words
     for part in (
         "net.onnx", "written to small.onnx", "Everything asked for was met",
-        "49.0 %", "60.0 M", "30.0 M", "500 k", "2.00 MB", "1.00 MB",
+        "60.0 \N{RIGHTWARDS ARROW} to 30.0 M", "500 \N{RIGHTWARDS ARROW} to 200 k", "2.00 \N{RIGHTWARDS ARROW} to 1.00 MB", "49.0 %",
         "2.05\N{MULTIPLICATION SIGN}", "1.98 to 2.11", "median 12.5 ms , p90 13.0 ms", "CPUExecutionProvider, batch 1, 1 thread, on A Processor",
         "90.4 %", "drop 0.60 points, at most 0.95 points with 95 % confidence; 10,000 samples",
         "a note to read", "depthwise: nothing to factorise", "depthwise4", "CPUExecutionProvider 5 15",
@@ -305,6 +306,22 @@ def test_what_was_chosen_is_a_point_of_its_curve(options: dict[str, Any]) -> Non
         (curve,) = (c for c in details.curves if c.decomposition == details.decomposition)
         (point,) = (p for p in curve.points if p[0] == details.rank)
         assert math.sqrt(point[2]) == pytest.approx(details.report.relative_error, rel=0.2)  # type: ignore[union-attr]
+
+
+def test_a_layer_left_alone_says_why_and_a_depthwise_one_has_no_spectrum() -> None:
+    result = made(8)
+    (dense,) = (d for d in result.details if d.report is None)
+    bare = replace(result, details=(replace(dense, spectra=(), curves=()),))
+    skip = Skip(dense.name, "Conv", "depthwise: nothing to cut")
+    text = result_page(replace(bare, report=replace(result.report, skips=(skip,))), ORIGIN)
+    assert "Left as it was depthwise: nothing to cut" in Parts(text).words
+    assert "Spectrum of the kernel" not in text
+    model = parse(
+        "g (float[N,4,8,8] x) => (float[N,4,8,8] y) { y = Conv <group = 4, pads = [1, 1, 1, 1]> (x, w) }",
+        w=np.ones((4, 1, 3, 3), np.float32),
+    )
+    (found,) = lr.inspect(model, details=True).details
+    assert (found.spectra, found.curves) == ((), ())
 
 
 def test_a_spectrum_says_where_the_noise_begins() -> None:
