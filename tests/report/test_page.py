@@ -336,6 +336,20 @@ def test_a_spectrum_says_where_the_noise_begins() -> None:
     assert spectrum(np.zeros((3, 4))).vbmf_rank == 0
 
 
+def test_the_plans_of_a_search_are_in_the_report() -> None:
+    options: dict[str, Any] = {"methods": "svd,spatial_svd", "objective": "macs", "jobs": 1}
+    report = lr.compress(models.DIGITS, evaluate=models.DIGITS_TEST, max_drop=0.05, **options).report
+    first, *others = report.search
+    assert (first.macs, first.params, first.size_bytes, first.drop) == (1, 1, 1, 0)
+    assert len(others) > 1
+    (chosen,) = (step for step in report.search if step.chosen)
+    assert chosen.macs == report.compressed.macs / report.original.macs
+    assert chosen.accuracy == report.accuracy.compressed  # type: ignore[union-attr]
+    assert any(step.drop_upper_95 > 0.05 for step in others)
+    steps = report.to_dict()["search"]
+    assert [step["macs"] for step in steps] == [step.macs for step in report.search]
+
+
 def test_a_search_is_drawn_with_its_result_and_what_was_accepted() -> None:
     chart = search_chart(made(3).report)
     assert chart is not None
