@@ -207,6 +207,34 @@ def test_every_decomposition_has_a_colour() -> None:
         assert re.search(rf"\.l-{name}\b", style), name
 
 
+SIGHTS = {
+    "all cones": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+"""What linear RGB looks like to whom: Machado, Oliveira & Fernandes (2009), severity 1."""
+
+TO_CONES = [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005]]  # fmt: skip
+TO_LAB = [[0.2104542553, 0.793617785, -0.0040720468], [1.9779984951, -2.428592205, 0.4505937099], [0.0259040371, 0.7827717662, -0.808675766]]  # fmt: skip
+"""Linear RGB to Oklab, by way of the cube root: Ottosson (2020)."""
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_colours_can_be_told_apart_by_everyone(theme: int, sight: str) -> None:
+    hues = ("blue", "indigo", "plum", "rose", "brick", "amber", "olive", "green", "teal", "dense")
+    style = page._asset("page.css")
+    found = [re.findall(rf"--{hue}: #([0-9a-f]{{6}})", style) for hue in hues]
+    assert all(each[1] == each[2] and len(each) == 3 for each in found)  # dark, by the system and by the button
+    values = np.array([[int(each[theme][i : i + 2], 16) / 255 for i in (0, 2, 4)] for each in found])
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.transpose(SIGHTS[sight]), 0, 1)
+    lab = np.cbrt(seen @ np.transpose(TO_CONES)) @ np.transpose(TO_LAB)
+    distances = np.linalg.norm(lab[:, None] - lab, axis=-1) + 9 * np.eye(len(lab))
+    assert distances.min() > 0.07  # about three times what is just told apart side by side
+
+
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "F.html"
     path.write_text("an earlier page")
@@ -440,7 +468,7 @@ def test_a_browser_shows_the_page_whole_and_without_a_complaint(
     assert browser.run("return document.querySelectorAll('details.layer[open] svg.chart').length") >= 15
     names = browser.run("return performance.getEntriesByType('resource').map((e) => e.name)")
     assert [name for name in names if not name.startswith("data:")] == []
-    found = browser.run(CONTRAST, list(DECOMPOSITIONS))
+    found = browser.run(CONTRAST, [*DECOMPOSITIONS, "dense", "rest"])
     assert found["text"] >= 4.5, found
     assert found["graphic"] >= 3, found
 
