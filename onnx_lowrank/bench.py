@@ -25,7 +25,7 @@ from onnx_lowrank.graph.save import save
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.quantize import Choice, choose, measure_ranges, prepared
 from onnx_lowrank.quantize.rounding import rounding_of
-from onnx_lowrank.report.data import Size, TargetResult
+from onnx_lowrank.report.data import Size, Step, TargetResult
 from onnx_lowrank.rewrite import LayerReport
 from onnx_lowrank.runtime import RunSettings, Session, give_back_memory, time_pair
 from onnx_lowrank.sensitivity import difference
@@ -109,6 +109,7 @@ class Bench:
         self._original: Session | None = None
         self._tested: tuple[Path, Session] | None = None
         self._latencies: dict[Path, Latency] = {}
+        self._steps: list[tuple[Path, Step]] = []
         self._held: tuple[list[Batch], list[Outputs]] | None = None
         # what ONNX Runtime cannot load or run is told before the work; this session goes again, for its memory
         self._batch = config.batch_size if config.accelerated else 1
@@ -292,7 +293,26 @@ class Bench:
                 raise LowRankError("the two models have different outputs: two versions of one model were expected")
             name, metric = self._metric
             accuracy = check_accuracy(original, session, self._batches(), name, metric)
+        self._steps.append((path, self._step(placed.size, plan, accuracy)))
         return Attempt(plan, placed.model, path, layers, placed.size, accuracy)
+
+    def _step(self, size: Size, plan: Plan, accuracy: Accuracy) -> Step:
+        before = self.original
+        latency = plan.ratio("latency") if plan.original.latency_ms else None
+        return Step(
+            size.macs / (before.macs or 1),
+            size.params / (before.params or 1),
+            size.size_bytes / before.size_bytes,
+            latency,
+            accuracy.compressed,
+            accuracy.drop,
+            accuracy.drop_upper_95,
+        )
+
+    def search(self, best: Attempt) -> tuple[Step, ...]:
+        """What was measured so far, in its order; `best` is the result."""
+        last = max((i for i, (path, _) in enumerate(self._steps) if path == best.path), default=None)
+        return tuple(replace(step, chosen=i == last) for i, (_, step) in enumerate(self._steps))
 
     def _quantized(self, placed: _Placed) -> tuple[Choice, _Placed]:
         """A model in eight bits, as it measures best."""

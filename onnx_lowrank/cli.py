@@ -6,6 +6,8 @@ import argparse
 import json
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from onnx_lowrank import pipeline, runtime
@@ -24,6 +27,14 @@ from onnx_lowrank.plans import plan_to_dict
 from onnx_lowrank.ranks import RANK_ESTIMATORS
 from onnx_lowrank.recipes import RECIPES
 from onnx_lowrank.report.data import package_version
+from onnx_lowrank.report.page import (
+    Origin,
+    inspection_page,
+    require_jinja,
+    result_page,
+    verification_page,
+    write_page,
+)
 from onnx_lowrank.report.text import render_inspection, render_report, render_verification
 from onnx_lowrank.targets import TARGETS
 from onnx_lowrank.types import LowRankError
@@ -45,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     try:
         arguments = _parser().parse_args(argv)
+        arguments.line = shlex.join(["onnx-lowrank", *(sys.argv[1:] if argv is None else argv)])
         logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.ERROR, format="%(message)s")
         return int(arguments.command(arguments))
     except LowRankError as error:
@@ -71,25 +83,27 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", _inspect, "what is in a model, what each layer could become, why others are left alone")
     sub.add_argument("model", metavar="MODEL")
-    _options(sub, "layers", "graph", "inputs", "target", "work")
+    _options(sub, "layers", "graph", "inputs", "target", "work", "page")
 
     sub = command("compress", _compress, "the main job: a smaller, faster model, checked")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("out", metavar="OUT")
     _options(
-        sub, "goal", "layers", "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports"
+        sub,
+        *("goal", "layers", "graph", "data", "training", "inputs", "target", "provider", "latency", "work"),
+        *("reports", "page"),
     )
 
     sub = command("apply", _apply, "a saved (and perhaps edited) plan, executed")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("plan_file", metavar="PLAN")
     sub.add_argument("out", metavar="OUT")
-    _options(sub, "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports")
+    _options(sub, "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports", "page")
 
     sub = command("verify", _verify, "accuracy, latency and placement of two models, side by side")
     sub.add_argument("model", metavar="ORIGINAL")
     sub.add_argument("other", metavar="OTHER")
-    _options(sub, "data", "inputs", "target", "provider", "latency", "reports")
+    _options(sub, "data", "inputs", "target", "provider", "latency", "reports", "page")
 
     sub = command("bundle", _bundle, "models and a script that measure on a device what a plan for it needs")
     sub.add_argument("model", metavar="MODEL")
@@ -240,6 +254,7 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("--seed", {"type": int, "metavar": "N", "help": "of every random choice (default: 0)"}),
     ),
     "reports": (("--json", {"metavar": "F", "help": "write the report as JSON"}),),
+    "page": (("--report", {"metavar": "F.html", "help": "write the report as a page, in one file (extra: report)"}),),
 }
 """Options in groups; each is a field of Config, but for those that name a file to write."""
 
@@ -254,7 +269,21 @@ def _options(sub: argparse.ArgumentParser, *groups: str) -> None:
     sub.add_argument("--config", metavar="F.toml", help="options by their names; the command line has the last word")
 
 
-NOT_CONFIG = ("name", "command", "quiet", "verbose", "model", "other", "out", "plan_file", "plan", "json", "config")
+FILES_WRITTEN = ("plan", "json", "report")
+
+NOT_CONFIG = (
+    "name",
+    "command",
+    "quiet",
+    "verbose",
+    "line",
+    "model",
+    "other",
+    "out",
+    "plan_file",
+    "config",
+    *FILES_WRITTEN,
+)
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -264,25 +293,31 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    _check_files(arguments, config, *_written(arguments))
     with _progress(arguments) as progress:
-        view = pipeline.inspect(arguments.model, config=_config(arguments), progress=progress)
+        view = pipeline.inspect(arguments.model, config=config, progress=progress, details=bool(arguments.report))
+    if arguments.report:
+        write_page(arguments.report, inspection_page(view, _origin(arguments)))
     _print(arguments, render_inspection(view))
     return MET
 
 
 def _compress(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    _check_files(arguments, config, arguments.out, _unmet(arguments.out), arguments.json, arguments.plan)
+    _check_files(arguments, config, arguments.out, _unmet(arguments.out), *_written(arguments))
     with _progress(arguments) as progress:
-        result = pipeline.compress(arguments.model, config=config, progress=progress)
+        result = pipeline.compress(arguments.model, config=config, progress=progress, details=bool(arguments.report))
     return _write(arguments, result)
 
 
 def _apply(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    _check_files(arguments, config, arguments.out, _unmet(arguments.out), arguments.json)
+    _check_files(arguments, config, arguments.out, _unmet(arguments.out), *_written(arguments))
     with _progress(arguments) as progress:
-        result = pipeline.apply(arguments.model, arguments.plan_file, config=config, progress=progress)
+        result = pipeline.apply(
+            arguments.model, arguments.plan_file, config=config, progress=progress, details=bool(arguments.report)
+        )
     return _write(arguments, result)
 
 
@@ -293,9 +328,22 @@ def _write(arguments: argparse.Namespace, result: pipeline.Result) -> int:
         _write_json(arguments.plan, plan_to_dict(result.plan))
     if arguments.json:
         _write_json(arguments.json, result.report.to_dict())
+    if arguments.report:
+        write_page(arguments.report, result_page(result, _origin(arguments, out)))
     _print(arguments, render_report(result.report))
     _print(arguments, [Text(f"written: {out}")], wrap=False)  # a path in two lines is no path
     return MET if result.met else UNMET
+
+
+def _origin(arguments: argparse.Namespace, other: str = "") -> Origin:
+    return Origin(arguments.model, arguments.line, other)
+
+
+def _written(arguments: argparse.Namespace) -> list[str | None]:
+    """The files asked for beside the model, each of which can be made."""
+    if arguments.report:
+        require_jinja()
+    return [getattr(arguments, name, None) for name in FILES_WRITTEN]
 
 
 def _unmet(out: str) -> str:
@@ -305,11 +353,13 @@ def _unmet(out: str) -> str:
 
 def _verify(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    _check_files(arguments, config, arguments.json)
+    _check_files(arguments, config, *_written(arguments))
     with _progress(arguments) as progress:
         check = pipeline.verify(arguments.model, arguments.other, config=config, progress=progress)
     if arguments.json:
         _write_json(arguments.json, check.to_dict())
+    if arguments.report:
+        write_page(arguments.report, verification_page(check, _origin(arguments, arguments.other)))
     _print(arguments, render_verification(check))
     return MET if check.met else UNMET
 
@@ -371,16 +421,27 @@ def _print(arguments: argparse.Namespace, parts: Iterable[Any], *, wrap: bool = 
 def _progress(arguments: argparse.Namespace) -> Any:
     """Bars on a terminal, nothing when piped or quiet."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # 80 characters, whatever the stages are called
+    columns = (
+        TextColumn("{task.description:>11}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}", style="dim", table_column=Column(no_wrap=True, overflow="ellipsis")),
+    )
     with Progress(
         *columns, console=console, transient=True, disable=arguments.quiet or not console.is_terminal
     ) as bars:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, tuple[Any, int]] = {}
 
         def report(stage: str, done: int, total: int) -> None:
-            name = stage.partition(": ")[0]  # what follows may change: how well it goes
-            if name not in tasks:
-                tasks[name] = bars.add_task(stage, total=total)
-            bars.update(tasks[name], completed=done, total=total, description=stage)
+            name, _, note = stage.partition(": ")  # what follows may change: how well it goes
+            if not total:
+                return
+            task, before = tasks.get(name) or (bars.add_task(name, total=total, note=""), 0)
+            if done < before:  # the same again: how fast it went before says nothing
+                bars.reset(task)
+            tasks[name] = task, done
+            bars.update(task, completed=done, total=total, note=note or ("" if done >= total else "left"))
 
         yield report

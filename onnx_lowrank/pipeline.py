@@ -12,6 +12,7 @@ from onnx_lowrank import runtime
 from onnx_lowrank.bench import Attempt, Bench, open_bench
 from onnx_lowrank.bundle import Bundle, write_bundle
 from onnx_lowrank.config import PLANNED, Config, make_config
+from onnx_lowrank.details import LayerDetails, layer_details
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.probe import probe_model
 from onnx_lowrank.graph.save import save
@@ -39,6 +40,8 @@ class Result:
         Of the kind that was given: a ModelProto (also for a path), a graphsurgeon Graph or an onnx-ir Model.
     plan, report
         What was decided, and what came of it.
+    details
+        What the page of a report shows of each layer; empty where it was not asked for.
     """
 
     model: Any
@@ -47,6 +50,7 @@ class Result:
     _written: Model = field(repr=False)
     _feeds: Feeds = field(repr=False)
     _compiled: bool = field(repr=False)
+    details: tuple[LayerDetails, ...] = field(default=(), repr=False)
 
     @property
     def met(self) -> bool:
@@ -109,6 +113,8 @@ class Inspection:
     notes: tuple[str, ...]
     sections: tuple[tuple[str, ...], ...] = ()
     """Layers that repeat, and may share a factor of their kernels (``joint_*``)."""
+    details: tuple[LayerDetails, ...] = field(default=(), repr=False)
+    """What a page shows of each layer; empty where it was not asked for."""
 
 
 def analyze(model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any) -> Plan:
@@ -148,6 +154,7 @@ def apply(
     *,
     config: Config | None = None,
     progress: Progress = no_progress,
+    details: bool = False,
     **options: Any,
 ) -> Result:
     """Carry out a plan, made by `analyze` or read from a file, and verify the result as `compress` does."""
@@ -158,10 +165,17 @@ def apply(
     data = plan_to_dict(plan) if isinstance(plan, Plan) else read_plan(plan)
     choices = read_choices(data, planner.subject.groups)
     with open_bench(planner) as bench:
-        return _finish(bench, model, bench.tuned(bench.attempt(planner.plan(choices))))
+        return _finish(bench, model, bench.tuned(bench.attempt(planner.plan(choices))), details)
 
 
-def compress(model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any) -> Result:
+def compress(
+    model: Any,
+    *,
+    config: Config | None = None,
+    progress: Progress = no_progress,
+    details: bool = False,
+    **options: Any,
+) -> Result:
     """Make a model smaller and faster, and check on ONNX Runtime that it is.
 
     Parameters
@@ -170,6 +184,8 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
         A path, a ModelProto, a graphsurgeon Graph or an onnx-ir Model; never changed.
     config, options
         See :class:`~onnx_lowrank.config.Config`. At least one of ``budget``, ``max_drop`` and ``rank``.
+    details
+        Also work out what the page of a report shows of each layer (``result.details``): spectra and error curves.
 
     Returns
     -------
@@ -200,7 +216,7 @@ def compress(model: Any, *, config: Config | None = None, progress: Progress = n
             + "".join(f"; {skip.layer}: {skip.reason}" for skip in planner.subject.skips[:3])
         )
     with open_bench(planner) as bench:
-        return _finish(bench, model, recipe.search(planner, bench))
+        return _finish(bench, model, recipe.search(planner, bench), details)
 
 
 def verify(
@@ -230,9 +246,17 @@ def verify(
 
 
 def inspect(
-    model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any
+    model: Any,
+    *,
+    config: Config | None = None,
+    progress: Progress = no_progress,
+    details: bool = False,
+    **options: Any,
 ) -> Inspection:
-    """What is in a model, what each layer could become, and why others are left alone."""
+    """What is in a model, what each layer could become, and why others are left alone.
+
+    With `details`, also what a page shows of each layer: spectra and error curves.
+    """
     config = configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
     views = []
@@ -245,7 +269,8 @@ def inspect(
             for layer in group.layers
         ]
     repeated = tuple(tuple(layer.name for layer in section.layers) for section in planner.subject.sections)
-    return Inspection(planner.subject.cost, tuple(views), planner.skips(), planner.subject.notes, repeated)
+    seen = layer_details(planner) if details else ()
+    return Inspection(planner.subject.cost, tuple(views), planner.skips(), planner.subject.notes, repeated, seen)
 
 
 def bundle(
@@ -302,10 +327,11 @@ def configured(config: Config | None, options: Mapping[str, Any]) -> Config:
     return config or make_config(**options)
 
 
-def _finish(bench: Bench, given: Any, best: Attempt) -> Result:
+def _finish(bench: Bench, given: Any, best: Attempt, detailed: bool) -> Result:
     """Time the best attempt and report on it."""
     planner = bench.planner
     latency, targets = bench.latency(best), bench.parts(best)
+    details = layer_details(planner, best.plan, best.layers) if detailed else ()
     report = Report(
         bench.original,
         best.size,
@@ -320,10 +346,11 @@ def _finish(bench: Bench, given: Any, best: Attempt) -> Result:
         not best.layers and best.choice is None,
         planner.config.to_dict(),
         targets,
+        bench.search(best),
     )
     model = bench.model_of(best)
     feeds, compiled = planner.subject.feeds(), planner.target.compiled
-    return Result(from_proto(model.proto, given), best.plan, report, model, feeds, compiled)
+    return Result(from_proto(model.proto, given), best.plan, report, model, feeds, compiled, details)
 
 
 def _on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, ...]:

@@ -182,6 +182,11 @@ class Planner:
         return self._candidates
 
     @property
+    def known_candidates(self) -> Sequence[tuple[Candidate, ...]]:
+        """Candidates of each group as plans see them, so far as any plan asked for them; empty where none did."""
+        return self._by_accuracy or self._candidates or ()
+
+    @property
     def block(self) -> int:
         """Multiple that ranks are kept to."""
         return self.config.align or self.target.block or block_size()

@@ -438,10 +438,10 @@ def test_names_that_look_like_markup_are_printed_as_they_are(folder: Path, run: 
     code, out, _ = run(f"compress --budget macs=0.5 --exclude *2 {QUICK}", str(path), f"out/{path}")
     assert code == 0
     assert out.endswith(f"written: out/{name}.onnx\n")
-    assert f" {name}Gemm3 " in out and f" {name}Gemm2 " in out  # decomposed; left alone
+    assert f"\n{name}Gemm3 " in out and f"\n{name}Gemm2 " in out  # decomposed; left alone
     code, out, _ = run("inspect", str(path))
     assert code == 0
-    assert f" {name}Gemm3 " in out
+    assert f"\n{name}Gemm3 " in out
 
 
 def test_a_long_path_is_printed_in_one_piece(folder: Path, run: Run) -> None:
@@ -478,9 +478,9 @@ def test_inspect_says_what_is_there_and_what_it_could_become(folder: Path, run: 
     # the largest rank r with r (16 + 24) <= 16 * 24 / 2, and its error
     kernel = np.linalg.svd(stored(tiny.classifier(), "w1").astype(float), compute_uv=False)
     error = np.sqrt(np.square(kernel[4:]).sum() / np.square(kernel).sum())
-    (row,) = (line for line in out.splitlines() if " first " in line)
-    assert [part.strip() for part in re.split("[│|]", row)[1:-1]] == [
-        "first", "Gemm", "24x16", "384", "384", f"svd 4, error {error:.2f}",
+    (row,) = (line for line in out.splitlines() if line.startswith("first "))
+    assert [part.strip() for part in re.split("[│|]", row)] == [
+        "first", "Gemm", "24x16", "384", "384", "svd 4", f"{error:.2f}",
     ]  # fmt: skip
 
 
@@ -585,6 +585,62 @@ def test_colours_are_left_out_where_the_environment_says_so(folder: Path, run: R
     assert colour.search(run(line)[1])
     monkeypatch.setenv("NO_COLOR", "1")
     assert not colour.search(run(line)[1])
+
+
+def on_a_terminal(line: str, columns: int, **environment: str) -> str:
+    """What a terminal of so many columns gets to see of a command line."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    program = [sys.executable, "-m", "onnx_lowrank", *shlex.split(line)]
+    own = {"PYTHONPATH": str(Path(models.__file__).parents[1]), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
+    variables = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    with subprocess.Popen(
+        program, stdin=theirs, stdout=theirs, stderr=theirs, env=variables | own | environment
+    ) as run:
+        os.close(theirs)
+        seen = b""
+        try:
+            while part := os.read(ours, 1 << 16):
+                seen += part
+        except OSError:  # the other end is closed
+            pass
+        finally:
+            os.close(ours)
+        assert run.wait(timeout=60) == 0, seen
+    return seen.decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are those of Unix")
+def test_a_terminal_gets_colours_progress_with_time_left_and_80_columns(folder: Path) -> None:
+    control = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+    line = f"compress {models.DIGITS} out/small.onnx --max-drop 0.05 --objective macs --evaluate {models.DIGITS_TEST}"
+    seen = on_a_terminal(line, 80)
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]", seen)
+    plain = control.sub("", seen)
+    assert max(map(len, re.split(r"[\r\n]+", plain))) <= 80
+    assert re.search(r" analyze [━╸╺ ]+ +\d+/7 +[0-9-]+:[0-9-]+:[0-9-]+", plain)
+    assert re.search(r" +search [━╸╺ ]+ +3/7 +\d+:\d\d:\d\d left", plain)
+    assert "0/0" not in plain
+    without = on_a_terminal(line.replace("small", "b"), 80, NO_COLOR="1")
+    assert not re.search(r"\x1b\[(?:[0-9;]*;)?[349][0-9][;m]", without)
+    assert " search " in control.sub("", without)
+    quiet = on_a_terminal(line.replace("small", "c") + " --quiet", 80)
+    assert control.sub("", quiet).strip() == ""
+
+
+def test_a_pipe_gets_no_progress(folder: Path) -> None:
+    program = [sys.executable, "-m", "onnx_lowrank", "inspect", str(models.DIGITS), "--methods", "svd,spatial_svd"]
+    path = {"PYTHONPATH": str(Path(models.__file__).parents[1]), "TERM": "xterm-256color"}
+    variables = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
+    run = subprocess.run(program, capture_output=True, text=True, env=variables | path, timeout=60, check=True)
+    assert run.stderr == ""
+    assert "\x1b" not in run.stdout
+    assert max(map(len, run.stdout.splitlines())) <= 80
 
 
 def test_the_package_runs_as_a_program(folder: Path) -> None:

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "polygraphy": ("integrations/",),
     "google": ("graph/",),
     "onnxruntime": ("runtime/", "quantize/qdq.py"),
+    "jinja2": ("report/page.py",),
     "torch": ("finetune/",),
     "MNN": ("runtime/mnn.py",),
     "_tools": ("runtime/mnn.py",),

@@ -61,6 +61,32 @@ class TargetResult:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A plan that was carried out and measured on the way to the result.
+
+    Parameters
+    ----------
+    macs, params, size_bytes
+        Counted, as shares of the original's.
+    latency
+        Share of the original's latency that the plan foretold; None where no plan was made by time.
+    accuracy, drop, drop_upper_95
+        As in :class:`~onnx_lowrank.verify.Accuracy`.
+    chosen
+        Whether this is the result.
+    """
+
+    macs: float
+    params: float
+    size_bytes: float
+    latency: float | None
+    accuracy: float
+    drop: float
+    drop_upper_95: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that was done to a model and what came of it.
 
@@ -86,6 +112,8 @@ class Report:
         True where the result is the model that was given.
     targets
         How the target asked for would cut both models, where that can be told without it.
+    search
+        The plans that were carried out and measured, in their order.
     """
 
     original: Size
@@ -101,6 +129,7 @@ class Report:
     unchanged: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     targets: tuple[TargetResult, ...] = ()
+    search: tuple[Step, ...] = ()
 
     @property
     def met(self) -> bool:

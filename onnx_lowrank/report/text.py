@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from rich import markup
+from rich import box, markup
 from rich.table import Table
 
 from onnx_lowrank.candidates import show_rank
 from onnx_lowrank.pipeline import Inspection, Verification
+from onnx_lowrank.report import numbers
 from onnx_lowrank.report.data import Report, Size, TargetResult
 from onnx_lowrank.runtime import simulated
 from onnx_lowrank.types import Skip, printable
@@ -21,6 +22,10 @@ SHOWN_SKIPS = 12
 """Reasons printed before the rest is counted; the JSON report has all."""
 
 
+SHOWN_NAMES = 4
+"""Of layers that repeat, those that are listed."""
+
+
 def escape(text: str) -> str:
     """What comes from a model, as itself: no markup and nothing that a terminal obeys."""
     return markup.escape(printable(text))
@@ -30,8 +35,10 @@ def render_report(report: Report) -> Iterator[Renderable]:
     """What `compress` and `apply` say at the end."""
     if report.layers:
         yield _layer_table(report)
+        yield ""
     yield from _skips(report.skips)
     yield _comparison(report.original, report.compressed, report.accuracy, report.latency, report.targets)
+    yield ""
     for budget in report.budgets:
         mark = "[green]met[/]" if budget.met else "[red]not met[/]"
         foretold = "" if budget.predicted is None else f" (predicted {budget.predicted:.4g})"
@@ -50,43 +57,52 @@ def render_report(report: Report) -> Iterator[Renderable]:
 def render_verification(check: Verification) -> Iterator[Renderable]:
     """What `verify` says."""
     yield _comparison(check.original, check.compressed, check.accuracy, check.latency, check.targets)
+    yield ""
     yield from _notes(check.notes)
 
 
 def render_inspection(view: Inspection) -> Iterator[Renderable]:
     """What `inspect` says."""
-    table = _table("layer", "op", "kernel", "MACs", "params", "at half its cost", numbers=(3, 4))
+    table = _table("layer", "op", "kernel", "MACs", "params", "at half cost", "error", numbers=(3, 4, 6))
     table.title, table.title_justify = _counts(view), "left"
     for layer in view.layers:
         half = layer.half
-        could = (
-            f"{half.decomposition} {show_rank(half.rank)}, error {half.error**0.5:.2f}" if half else "nothing to gain"
-        )
+        could = f"{half.decomposition} {show_rank(half.rank)}" if half else "nothing to gain"
         table.add_row(
             escape(layer.name),
             layer.op_type,
             show_rank(layer.weight_shape),
-            f"{layer.macs:,}",
-            f"{layer.params:,}",
+            numbers.short(layer.macs),
+            numbers.short(layer.params),
             could,
+            f"{half.error**0.5:.2f}" if half else "",
         )
     yield table
+    yield ""
     if view.layers:
         yield "[dim]error: relative error of the kernel, ||W - W~|| / ||W||, of the best decomposition at half the layer's MACs and parameters[/]"
     if view.sections:
         yield "layers that repeat, and may share a factor (--methods joint_left, joint_right, joint_both):"
-        yield from (f"  {escape(', '.join(section))}" for section in view.sections)
+        yield from (f"  {_listed(section)}" for section in view.sections)
+        yield ""
     yield from _skips(view.skips)
     yield from _notes(view.notes)
 
 
 def _table(*headers: str, numbers: Sequence[int] = ()) -> Table:
     """A table that folds what is too long, for a name that is cut short cannot be given to --exclude."""
-    table = Table(*headers)
+    table = Table(*headers, box=box.MINIMAL, show_edge=False, pad_edge=False)
     for index, column in enumerate(table.columns):
         column.overflow = "fold"
         column.justify = "right" if index in numbers else "left"
     return table
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names, or the first and the last of many."""
+    if len(names) <= SHOWN_NAMES:
+        return escape(", ".join(names))
+    return escape(f"{', '.join(names[: SHOWN_NAMES - 1])} ... {names[-1]}: {len(names)} layers")
 
 
 def _counts(view: Inspection) -> str:
@@ -168,6 +184,7 @@ def _skips(skips: Sequence[Skip]) -> Iterator[Renderable]:
     yield table
     if len(skips) > SHOWN_SKIPS:
         yield f"... and {len(skips) - SHOWN_SKIPS} more, all in the JSON report"
+    yield ""
 
 
 def _notes(notes: Sequence[str]) -> Iterator[Renderable]:

@@ -51,8 +51,8 @@ def shown(parts: Iterable[Any], width: int = 80) -> str:
 
 def cells(text: str, first: str) -> list[str]:
     """The row of a table that begins with `first`."""
-    (row,) = (line for line in text.splitlines() if re.match(f"[│|] {re.escape(first)} ", line))
-    return [part.strip() for part in re.split("[│|]", row)[1:-1]]
+    (row,) = (line for line in text.splitlines() if re.match(rf"{re.escape(first)} +[│|]", line))
+    return [part.strip() for part in re.split("[│|]", row)]
 
 
 def flat(text: str) -> str:
@@ -127,10 +127,10 @@ def test_names_are_shown_as_they_are(name: str) -> None:
         notes=(f"note {name}",),
     )
     text = shown(render_report(report), width=160)
-    for expected in (f"│ {name} ", f"left {name} ", f"because of {name} ", f"metric {name}, 50000", f"note {name}\n"):
+    for expected in (f"\n{name} ", f"left {name} ", f"because of {name}\n", f"metric {name}, 50000", f"note {name}\n"):
         assert expected in text
     layer = LayerView(name, "Conv", (8, 8, 3, 3), 100, 100, None)
-    assert f"│ {name} " in shown(render_inspection(Inspection(Cost(1, 1), (layer,), (), ())), width=160)
+    assert f"\n{name} " in shown(render_inspection(Inspection(Cost(1, 1), (layer,), (), ())), width=160)
 
 
 def test_a_drop_without_a_bound_has_none_in_the_report() -> None:
@@ -174,10 +174,24 @@ def test_an_inspection_says_what_each_layer_could_become() -> None:
     view = Inspection(Cost(2_000_000, 20_000), layers, (Skip("dw", "Conv", "depthwise"),), ("a note",))
     text = shown(render_inspection(view), width=120)
     assert "2,000,000 MACs for one sample, 20,000 parameters, 2 layers" in text
-    assert cells(text, "conv1") == ["conv1", "Conv", "64x32x3x3", "1,179,648", "18,432", "cp3 32, error 0.25"]
-    assert cells(text, "fc")[-1] == "nothing to gain"
+    assert cells(text, "conv1") == ["conv1", "Conv", "64x32x3x3", "1.18 M", "18.4 k", "cp3 32", "0.25"]
+    assert cells(text, "fc")[-2:] == ["nothing to gain", ""]
     assert cells(text, "dw") == ["dw", "Conv", "depthwise"]
     assert "note: a note\n" in text
+
+
+def test_a_layer_of_an_inspection_takes_one_line_of_80() -> None:
+    half = Candidate(("layer3.24.conv2",), "channel_svd_in", (64,), (), Cost(1, 1), 0.0625)
+    layer = LayerView("layer3.24.conv2", "Conv", (64, 64, 3, 3), 2_359_296, 36_864, half)
+    text = shown(render_inspection(Inspection(Cost(10**9, 10**6), (layer,), (), ())))
+    assert cells(text, "layer3.24.conv2")[-2:] == ["channel_svd_in 64", "0.25"]
+
+
+def test_of_many_layers_that_repeat_the_first_and_the_last_are_listed() -> None:
+    sections = (tuple(f"conv{i}" for i in range(30)), ("a[0]", "b"))
+    text = shown(render_inspection(Inspection(Cost(1, 1), (), (), (), sections)))
+    assert "  conv0, conv1, conv2 ... conv29: 30 layers\n" in text
+    assert "  a[0], b\n" in text
 
 
 def test_an_inspection_of_a_model_without_layers_explains_no_error() -> None:
