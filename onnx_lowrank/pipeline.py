@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +38,8 @@ class Result:
     Parameters
     ----------
     model
-        Of the kind that was given: a ModelProto (also for a path), a graphsurgeon Graph or an onnx-ir Model.
+        Of the kind that was given: a ModelProto (also for a path), a graphsurgeon Graph or an onnx-ir Model. The tensors of
+        one with more than 1 GB of external data stay outside, in `folder`, for as long as the result is alive: `save` it.
     plan, report
         What was decided, and what came of it.
     """
@@ -47,6 +50,11 @@ class Result:
     _written: Model = field(repr=False)
     _feeds: Feeds = field(repr=False)
     _compiled: bool = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """What the places of external data in `model` are relative to."""
+        return self._written.folder
 
     @property
     def met(self) -> bool:
@@ -225,7 +233,7 @@ def verify(
         raise LowRankError("the two models have different inputs: two versions of one model were expected")
     planner = Planner(subject, config, progress)
     with open_bench(planner) as bench:
-        attempt = bench.measure(second.model, Plan(()), ())
+        attempt = bench.measure(second.model, Plan(()), (), second.model.path)
         latency = bench.latency(attempt)
         notes = bench.notes + _of_provider(latency)
         targets = bench.parts(attempt)
@@ -325,9 +333,12 @@ def _finish(bench: Bench, given: Any, best: Attempt) -> Result:
         planner.config.to_dict(),
         targets,
     )
-    model = bench.model_of(best)
+    model, kept = bench.release(bench.model_of(best))
     feeds, compiled = planner.subject.feeds(), planner.target.compiled
-    return Result(from_proto(model.proto, given), best.plan, report, model, feeds, compiled)
+    result = Result(from_proto(model.proto, given), best.plan, report, model, feeds, compiled)
+    if kept is not None:
+        weakref.finalize(result, shutil.rmtree, kept, ignore_errors=True)
+    return result
 
 
 def _on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -57,6 +58,9 @@ class RunSettings:
 
 class Session:
     """A model ready to run."""
+
+    at_once = 1
+    """Batches that are best run together."""
 
     def __init__(
         self,
@@ -124,6 +128,10 @@ class Session:
                 f"the model does not run{self._where} on inputs {shapes}: {one_line(error)}; give --input-shape or other data"
             ) from error
 
+    def run_all(self, batches: Sequence[Feeds]) -> list[list[np.ndarray]]:
+        """As :meth:`run`, of several batches."""
+        return [self.run(feeds) for feeds in batches]
+
     def end_profile(self) -> Path:
         """Stop profiling, and the file that was written."""
         return Path(self._session.end_profiling())
@@ -168,7 +176,16 @@ class Session:
         return "" if self.provider == CPU else f" on {self.provider}"
 
 
-def tensor_shapes(session: Session, feeds: Feeds, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+class Runs(Protocol):
+    """A model on ONNX Runtime, whole or in parts."""
+
+    outputs: tuple[str, ...]
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
+        """Values of the outputs."""
+
+
+def tensor_shapes(session: Runs, feeds: Feeds, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of tensors that the model returns, by running it."""
     wanted = [name for name in names if name in session.outputs]
     if not wanted:
