@@ -19,7 +19,7 @@ import scipy.linalg
 
 from onnx_lowrank.linalg import (
     CHUNK,
-    gram,
+    fix_signs,
     relative_residual,
     singular_values,
     squared_norm,
@@ -46,6 +46,9 @@ OVERSAMPLING = 8
 """One further column for so many of the rank, and ``FEWEST`` at least: more of them take fewer products."""
 
 FEWEST = 32
+
+WELL_CONDITIONED = 1e4
+"""Condition whose square is lost without harm: what is left of double precision is that of single."""
 
 LARGEST_SHARE = 0.5
 """Of the short side, that a rank may be: beyond, the eigensolver is no slower."""
@@ -133,12 +136,13 @@ def _randomised(matrix: np.ndarray, rank: int, rng: np.random.Generator) -> tupl
         return None
     size = min(len(matrix), rank + max(FEWEST, rank // OVERSAMPLING))
     shift = 0.5 * (values[min(size, len(values) - 1)] / scale) ** 2
-    basis = _range(_gram(matrix, scale), rng.standard_normal((len(matrix), size), dtype=np.float32), shift, rank, least)
-    return None if basis is None else _factors(matrix, basis, rank, SLACK * least)
+    block = rng.standard_normal((len(matrix), size), dtype=np.float32)
+    left = _leading(_gram(matrix, scale), block, shift, rank, least)
+    return None if left is None else _factors(matrix, left, SLACK * least)
 
 
-def _range(products: np.ndarray, block: np.ndarray, shift: float, rank: int, least: float) -> np.ndarray | None:
-    """Orthonormal columns (m, size) whose range holds the leading singular vectors; None where they do not become that."""
+def _leading(products: np.ndarray, block: np.ndarray, shift: float, rank: int, least: float) -> np.ndarray | None:
+    """Orthonormal columns (m, rank), float32, near to the leading singular vectors; None where they do not become that."""
     total = float(np.trace(products, dtype=np.float64))
     basis = _orthonormal(block)
     for number in range(PASSES):
@@ -146,9 +150,10 @@ def _range(products: np.ndarray, block: np.ndarray, shift: float, rank: int, lea
             return None
         turned = products @ basis
         if number > UNCHECKED:
-            inside = _eigenvalues(basis.T @ turned)
-            if 1 - inside[-rank:].sum() / total <= (0.5 + 0.5 * SLACK) * least:
-                return basis
+            inside = basis.T @ turned
+            if 1 - _eigenvalues(inside.copy())[-rank:].sum() / total <= (0.5 + 0.5 * SLACK) * least:
+                _, vectors = scipy.linalg.eigh(inside.astype(np.float64), overwrite_a=True, check_finite=False)
+                return fix_signs(basis @ vectors[:, : -rank - 1 : -1].astype(np.float32)).astype(np.float32, copy=False)
         turned -= np.float32(shift) * basis
         basis = _orthonormal(turned)
     return None
@@ -172,8 +177,8 @@ def _eigenvalues(matrix: np.ndarray) -> np.ndarray:
 def _orthonormal(block: np.ndarray) -> np.ndarray | None:
     """An orthonormal basis of the columns of a block, float32; None where they are dependent.
 
-    By Cholesky factors of its Gram matrix in double precision, twice: the second time that is all but the identity, so that
-    what the first lost to the square of the block's condition is made good.
+    By Cholesky factors of its Gram matrix in double precision. The square of the block's condition is lost by that: where it
+    is not small a second time, in which the Gram matrix is all but the identity, makes it good.
 
     References
     ----------
@@ -186,25 +191,19 @@ def _orthonormal(block: np.ndarray) -> np.ndarray | None:
         except np.linalg.LinAlgError:
             return None
         wide = scipy.linalg.blas.dtrsm(1.0, upper, wide, side=1, overwrite_b=True)
+        pivots = upper.diagonal()
+        if pivots.max() < WELL_CONDITIONED * pivots.min():
+            break
     return wide.astype(np.float32, order="C")
 
 
-def _factors(
-    matrix: np.ndarray, basis: np.ndarray, rank: int, most: float
-) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """The best factors of `rank` within the range of a basis; None where their squared relative error is above `most`."""
-    inside = np.empty((basis.shape[1], matrix.shape[1]), np.float32)  # (size, n)
+def _factors(matrix: np.ndarray, left: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """Factors by the projection on orthonormal columns; None where their squared relative error is above `most`."""
+    right = np.empty((left.shape[1], matrix.shape[1]), np.float32)  # (rank, n)
     step = max(1, CHUNK // len(matrix))
     for start in range(0, matrix.shape[1], step):
-        inside[:, start : start + step] = basis.T @ matrix[:, start : start + step].astype(np.float32, copy=False)
-    _, vectors = scipy.linalg.eigh(gram(inside), overwrite_a=True, check_finite=False)
-    turn = vectors[:, : -rank - 1 : -1].astype(np.float32)  # (size, rank)
-    left = basis @ turn
-    signs = np.where(left[np.abs(left).argmax(axis=0), np.arange(rank)] < 0, -1, 1).astype(np.float32)
-    turn *= signs
-    left *= signs
-    right = turn.T @ inside
-    energies = np.einsum("rn,rn->r", right, right, dtype=np.float64)
+        right[:, start : start + step] = left.T @ matrix[:, start : start + step].astype(np.float32, copy=False)
+    energies = np.array([squared_norm(row) for row in right])
     # what orthonormal columns do not reach is the rest of the energy
     missed = 1 - float(energies.sum()) / squared_norm(matrix)
     if not missed <= most:

@@ -87,15 +87,16 @@ def resident(process: int) -> int:
     return total
 
 
-def measured(command: list[str]) -> tuple[int, int, int, float]:
-    """Exit code, peak bytes of all processes together, of the largest alone, and seconds of a command."""
-    start, peak = time.perf_counter(), 0
+def measured(command: list[str]) -> tuple[int, int, int, float, float]:
+    """Exit code, peak bytes of all processes together, of the largest alone, seconds, and seconds of all cores together."""
+    before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
     with subprocess.Popen(command, cwd=ROOT) as process:
         while process.poll() is None:
             peak = max(peak, resident(process.pid))
             time.sleep(SECONDS)
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return process.returncode, peak, largest, time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    work = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return process.returncode, peak, after.ru_maxrss * 1024, time.perf_counter() - start, work
 
 
 def validity(path: Path, hidden: int) -> str:
@@ -115,8 +116,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the models and all that is in between")
     parser.add_argument("--options", nargs="*", default=[], help="further ones of compress, without their dashes")
     arguments = parser.parse_args()
-    print("| model, GB | result, GB | parameters | peak memory, GB | largest process, GB | minutes | cosine | |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| model, GB | result, GB | parameters | peak memory, GB | largest process, GB | minutes | CPU minutes | cosine | |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for size in arguments.gb:
         folder = Path(tempfile.mkdtemp(prefix="size-", dir=arguments.folder))
         try:
@@ -126,7 +129,7 @@ def main() -> None:
             options = [f"--{option}" for option in arguments.options]
             command = [sys.executable, "-m", "onnx_lowrank", "compress", str(model), str(out)]
             command += ["--budget", "params=0.5", "--json", str(report), "--quiet", *options]
-            code, peak, largest, seconds = measured(command)
+            code, peak, largest, seconds, work = measured(command)
             if code:
                 print(f"| {size:g} | exit code {code} after {seconds:.0f} s |")
                 continue
@@ -135,7 +138,7 @@ def main() -> None:
             before, after = (said[which]["size_bytes"] / 1e9 for which in ("original", "compressed"))
             share = said["compressed"]["params"] / said["original"]["params"]
             print(
-                f"| {before:.2f} | {after:.2f} | {share:.3f} | {peak / 1e9:.2f} | {largest / 1e9:.2f} | {seconds / 60:.1f} | "
+                f"| {before:.2f} | {after:.2f} | {share:.3f} | {peak / 1e9:.2f} | {largest / 1e9:.2f} | {seconds / 60:.1f} | {work / 60:.1f} | "
                 f"{said['accuracy']['compressed']:.3f} | {validity(out, arguments.hidden)} |",
                 flush=True,
             )
