@@ -21,7 +21,7 @@ from onnx_lowrank.graph.check import check_model
 from onnx_lowrank.graph.constants import external_place
 from onnx_lowrank.graph.datafile import is_large
 from onnx_lowrank.graph.find import model_cost
-from onnx_lowrank.graph.model import Model, all_graphs, load, serialize
+from onnx_lowrank.graph.model import Model, all_graphs, load
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.parts import PART_BYTES, PartSession
 from onnx_lowrank.planner import Planner
@@ -298,6 +298,9 @@ class Bench:
         else:
             size = _bytes({path, *_data_files(model)} if given else path.parent.iterdir())
         keep = size < LARGE or path == self._path or bool(_data_files(model))
+        if self._folder in model.folder.parents:  # its data are in the file that was just written, as they are to be
+            shutil.rmtree(model.folder)
+            keep = False
         return _Placed(path, Size(cost.macs, cost.params, size), model if keep else None)
 
     def _measure(self, placed: _Placed, plan: Plan, layers: tuple[LayerReport, ...]) -> Attempt:
@@ -395,10 +398,6 @@ class Bench:
             progress("verify", min(done, total or done), total or done)
 
     def _write(self, model: Model) -> Path:
-        here = model.folder / "model.onnx"
-        if model.folder.parent == self._folder and not here.exists() and not self.planner.config.fold_batchnorm:
-            here.write_bytes(serialize(model))  # its data are there, and nothing else is
-            return here
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()

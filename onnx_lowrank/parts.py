@@ -29,8 +29,6 @@ class PartSession:
     Every node runs with its own weights, in the order of the model; what runs across the end of a part, a fusion, is lost.
     """
 
-    at_once = AT_ONCE
-
     def __init__(self, model: Model, settings: RunSettings | None = None, *, part_bytes: int = PART_BYTES) -> None:
         """See that `model` can be run on its own parts; nothing is loaded yet."""
         self._settings = settings or RunSettings()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import stats
 
-from onnx_lowrank.parts import PartSession, time_in_parts
+from onnx_lowrank.parts import AT_ONCE, PartSession, time_in_parts
 from onnx_lowrank.runtime import Feeds, MNNSession, RunSettings, Session, needs, time_pair
 from onnx_lowrank.types import LowRankError
 
@@ -269,11 +269,17 @@ def check_accuracy(
 def _run_both(
     original: Runnable, compressed: Runnable, batches: Batches
 ) -> Iterator[tuple[Outputs, Outputs, np.ndarray | None]]:
-    """Outputs of both models and labels, batch by batch; as many batches at once as both models like."""
+    """Outputs of both models and labels, batch by batch; several batches at once where parts have to be loaded for them."""
+    if not (isinstance(original, PartSession) and isinstance(compressed, PartSession)):
+        for feeds, labels in batches:
+            yield original.run(feeds), compressed.run(feeds), labels
+        return
     rest = iter(batches)
-    while some := list(itertools.islice(rest, min(original.at_once, compressed.at_once))):
-        feeds = [each for each, _ in some]
-        yield from zip(original.run_all(feeds), compressed.run_all(feeds), [labels for _, labels in some], strict=True)
+    while some := list(itertools.islice(rest, AT_ONCE)):
+        together = [feeds for feeds, _ in some]
+        yield from zip(
+            original.run_all(together), compressed.run_all(together), [labels for _, labels in some], strict=True
+        )
 
 
 class _Kept:

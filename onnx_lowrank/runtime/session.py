@@ -59,9 +59,6 @@ class RunSettings:
 class Session:
     """A model ready to run."""
 
-    at_once = 1
-    """Batches that are best run together."""
-
     def __init__(
         self,
         model: str | Path | bytes,
@@ -127,10 +124,6 @@ class Session:
             raise LowRankError(
                 f"the model does not run{self._where} on inputs {shapes}: {one_line(error)}; give --input-shape or other data"
             ) from error
-
-    def run_all(self, batches: Sequence[Feeds]) -> list[list[np.ndarray]]:
-        """As :meth:`run`, of several batches."""
-        return [self.run(feeds) for feeds in batches]
 
     def end_profile(self) -> Path:
         """Stop profiling, and the file that was written."""
