@@ -7,7 +7,7 @@ The model is made up: pairs of a Gemm (hidden -> 4 hidden, bias, Relu) and a Mat
 external data file. Kernels are random with singular values that fall as the root of their number, about as those of trained
 ones do. The command is `compress --budget params=0.5`, in a process of its own. Memory is the sum of the resident sets of
 that process and its children, from /proc, 20 times a second: pages of files that are mapped count, pages that several
-processes share count for each. Beside it the largest resident set of a single one of them, as /usr/bin/time says it.
+processes share count for each. Beside it the peak of a single one of them, as the system keeps it (VmHWM).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ SECONDS = 0.05
 
 
 def make_model(path: Path, size: int, hidden: int) -> None:
-    """Write a model of about `size` bytes, one kernel at a time in memory."""
+    """Write a model of `size` bytes or a little more, one kernel at a time in memory."""
     wide, rng = 4 * hidden, np.random.default_rng(0)
-    blocks = max(1, round(size / (2 * 4 * hidden * wide)))
+    blocks = -(-size // (2 * 4 * hidden * wide))
     nodes, tensors = [], []
     with open(path.with_name(path.name + ".data"), "wb") as data:
 
@@ -73,30 +73,33 @@ def make_model(path: Path, size: int, hidden: int) -> None:
     path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString())
 
 
-def resident(process: int) -> int:
-    """Bytes resident in a process and all that it started."""
-    total, waiting = 0, [process]
+def resident(process: int) -> tuple[int, int]:
+    """Bytes resident in a process and all that it started, and the most that any of them ever had."""
+    total, most, waiting = 0, 0, [process]
     while waiting:
         number = waiting.pop()
         try:
             total += int(Path(f"/proc/{number}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            status = Path(f"/proc/{number}/status").read_text()
+            most = max(most, 1024 * int(status.partition("VmHWM:")[2].split()[0]))
             for task in Path(f"/proc/{number}/task").iterdir():
                 waiting += map(int, (task / "children").read_text().split())
-        except OSError:  # it ended meanwhile
+        except (OSError, IndexError):  # it ended meanwhile
             continue
-    return total
+    return total, most
 
 
 def measured(command: list[str]) -> tuple[int, int, int, float, float]:
     """Exit code, peak bytes of all processes together, of the largest alone, seconds, and seconds of all cores together."""
-    before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
+    before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), (0, 0)
     with subprocess.Popen(command, cwd=ROOT) as process:
         while process.poll() is None:
-            peak = max(peak, resident(process.pid))
+            now = resident(process.pid)
+            peak = max(peak[0], now[0]), max(peak[1], now[1])
             time.sleep(SECONDS)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     work = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return process.returncode, peak, after.ru_maxrss * 1024, time.perf_counter() - start, work
+    return process.returncode, *peak, time.perf_counter() - start, work
 
 
 def validity(path: Path, hidden: int) -> str:
