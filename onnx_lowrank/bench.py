@@ -19,9 +19,11 @@ from onnx_lowrank.data import load_function
 from onnx_lowrank.finetune import require_torch
 from onnx_lowrank.graph.check import check_model
 from onnx_lowrank.graph.constants import external_place
+from onnx_lowrank.graph.datafile import is_large
 from onnx_lowrank.graph.find import model_cost
 from onnx_lowrank.graph.model import Model, all_graphs, load
 from onnx_lowrank.graph.save import save
+from onnx_lowrank.parts import PART_BYTES, PartSession
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.quantize import Choice, choose, measure_ranges, prepared
 from onnx_lowrank.quantize.rounding import rounding_of
@@ -30,6 +32,7 @@ from onnx_lowrank.rewrite import LayerReport
 from onnx_lowrank.runtime import RunSettings, Session, give_back_memory, time_pair
 from onnx_lowrank.sensitivity import difference
 from onnx_lowrank.subject import open_config_data, shapes_of
+from onnx_lowrank.targets import Target
 from onnx_lowrank.timings import cache_folder
 from onnx_lowrank.types import LowRankError, Plan
 from onnx_lowrank.verify import (
@@ -38,6 +41,7 @@ from onnx_lowrank.verify import (
     CustomMetric,
     Latency,
     Outputs,
+    Runnable,
     check_accuracy,
     check_latency,
     check_outputs,
@@ -64,6 +68,11 @@ ROUNDED_SHARE = 0.25
 
 QUICK_SECONDS = 2.0
 """That one way to quantise a model is timed for."""
+
+IN_PARTS = (
+    f"the model is too large to be in memory: it was run and timed in parts of up to {PART_BYTES >> 20} MB of weights, or one "
+    f"node; accuracy is that of the whole, times are sums over the parts, without what a runtime fuses across their ends"
+)
 
 LARGE = 1 << 26
 """Models of more bytes than this wait on disk while they are measured, not in memory."""
@@ -106,16 +115,17 @@ class Bench:
         # the file as given where there is one: what users run, and read from disk only once
         given = subject.model.path
         self._path = given or self._write(subject.model)
-        self._original: Session | None = None
-        self._tested: tuple[Path, Session] | None = None
+        self._original: Runnable | None = None
+        self._tested: tuple[Path, Runnable] | None = None
         self._latencies: dict[Path, Latency] = {}
         self._steps: list[tuple[Path, Step]] = []
         self._held: tuple[list[Batch], list[Outputs]] | None = None
         # what ONNX Runtime cannot load or run is told before the work; this session goes again, for its memory
         self._batch = config.batch_size if config.accelerated else 1
-        first = Session(self._path, self._settings)
+        self._in_parts = is_large(subject.model) and not _needs_whole(config, planner.target)
+        first = self._open(self._path)
         check_outputs(first.run(subject.feeds(self._batch)))
-        if config.needs_latency:
+        if config.needs_latency and isinstance(first, Session):
             first.check_times()
         del first
         self._engine = planner.engine
@@ -130,6 +140,8 @@ class Bench:
                 "no data was given: outputs were compared on random inputs, which says little about accuracy; "
                 "give --evaluate DATA",
             )
+        if self._in_parts:
+            self.notes += (IN_PARTS,)
         self._metric = _metric(config)
         self.refiner = self._open_refiner()
 
@@ -151,21 +163,25 @@ class Bench:
             fitted, progress = self.planner.fits, self.planner.progress
             return Refiner(subject.model, data, config, self._folder, checkpoints, progress, fitted=fitted)
 
+    def _open(self, path: Path) -> Runnable:
+        """A model ready to run, in parts where it is not to be in memory."""
+        return PartSession(load(path), self._settings) if self._in_parts else Session(path, self._settings)
+
     @property
-    def _session(self) -> Session:
+    def _session(self) -> Runnable:
         """The original, from the first measurement on."""
         if self._original is None:
-            self._original = Session(self._path, self._settings)
+            self._original = self._open(self._path)
         return self._original
 
-    def _session_of(self, path: Path) -> Session:
+    def _session_of(self, path: Path) -> Runnable:
         """A model under test; the one before it goes."""
         if path == self._path:
             return self._session
         if self._tested is None or self._tested[0] != path:
             self._tested = None
             give_back_memory()
-            self._tested = path, Session(path, self._settings)
+            self._tested = path, self._open(path)
         return self._tested[1]
 
     def attempt(self, plan: Plan, *others: Plan) -> Attempt:
@@ -247,7 +263,7 @@ class Bench:
             session = self._any_size(path)
             return difference([session.run(batch) for batch in held], reference)
 
-    def _any_size(self, path: Path) -> Session:
+    def _any_size(self, path: Path) -> Runnable:
         """A model in a session that takes batches of any size."""
         return (
             Session(path, RunSettings(threads=self._settings.threads))
@@ -255,26 +271,37 @@ class Bench:
             else self._session_of(path)
         )
 
-    def measure(self, model: Model, plan: Plan, layers: tuple[LayerReport, ...]) -> Attempt:
+    def measure(self, model: Model, plan: Plan, layers: tuple[LayerReport, ...], path: Path | None = None) -> Attempt:
         """Check a model against the original.
+
+        Parameters
+        ----------
+        path
+            The file that it is in already, where it is in one.
 
         Raises
         ------
         LowRankError
             Where ONNX or ONNX Runtime refuses it, or it returns something else than the original.
         """
-        return self._measure(self._place(model), plan, layers)
+        return self._measure(self._place(model, path), plan, layers)
 
-    def _place(self, model: Model) -> _Placed:
+    def _place(self, model: Model, given: Path | None = None) -> _Placed:
         subject = self.planner.subject
-        path = self._path if model is subject.model else self._write(model)
+        path = given or (self._path if model is subject.model else self._write(model))
         with self.planner.stage("verify"):
             objection = check_model(path)
         if objection and not self._objection:
             raise LowRankError(f"the rewritten model is not valid, please report this: {objection}")
         cost, _ = model_cost(model, shapes_of(model, subject.inputs, subject.sample_shapes))
-        size = self.original.size_bytes if path == self._path else _bytes(path.parent.iterdir())
+        if path == self._path:
+            size = self.original.size_bytes
+        else:
+            size = _bytes({path, *_data_files(model)} if given else path.parent.iterdir())
         keep = size < LARGE or path == self._path or bool(_data_files(model))
+        if self._folder in model.folder.parents:  # its data are in the file that was just written, as they are to be
+            shutil.rmtree(model.folder)
+            keep = False
         return _Placed(path, Size(cost.macs, cost.params, size), model if keep else None)
 
     def _measure(self, placed: _Placed, plan: Plan, layers: tuple[LayerReport, ...]) -> Attempt:
@@ -346,6 +373,14 @@ class Bench:
         self._original = self._tested = None
         return self._loaded(attempt)
 
+    def release(self, model: Model) -> tuple[Model, Path | None]:
+        """A model that outlives the bench, and the folder of its external data, which goes with whoever holds it."""
+        if self._folder not in model.folder.parents:
+            return model, None
+        kept = Path(tempfile.mkdtemp(prefix="onnx-lowrank-"))
+        folder = model.folder.rename(kept / "result")
+        return replace(model, folder=folder), kept
+
     def _loaded(self, held: Attempt | _Placed) -> Model:
         """A model in memory; it is not saved over the files that the original came from."""
         given = self.planner.subject.model
@@ -394,10 +429,22 @@ class Bench:
 def open_bench(planner: Planner) -> Iterator[Bench]:
     """A bench with a scratch folder, which goes when the work is done."""
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-        bench = Bench(planner, Path(folder))
+        planner.scratch = Path(folder)
+        bench = Bench(planner, planner.scratch)
         yield bench
         if bench.refiner is not None:  # all is done: nothing to go on from
             bench.refiner.close()
+
+
+def _needs_whole(config: Config, target: Target) -> bool:
+    """Whether something that is asked for takes a whole model in memory anyway."""
+    return (
+        config.needs_latency
+        or config.accelerated
+        or target.engine
+        or config.quantize != "none"
+        or config.finetune != "none"
+    )
 
 
 def _metric(config: Config) -> tuple[str | None, CustomMetric | None]:

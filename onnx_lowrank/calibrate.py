@@ -114,7 +114,9 @@ class Running:
     def __init__(self, segment: Segment, batch: Mapping[str, np.ndarray]) -> None:
         self._segment = segment
         settings = RunSettings(threads=0, spin=False)
-        self._session = Session(segment.serialize({name: batch[name].dtype for name in segment.inputs}), settings)
+        self._session = Session(
+            segment.serialize({name: batch[name].dtype for name in segment.inputs}), settings, folder=segment.folder
+        )
 
     def __call__(self, *activations: Activations) -> None:
         """Add to every batch what the nodes make of it."""

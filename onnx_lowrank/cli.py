@@ -250,6 +250,14 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("--batch-size", {"type": int, "metavar": "N", "help": "samples that latency is measured on (default: 1)"}),
     ),
     "work": (
+        (
+            "--exact",
+            {
+                "action": "store_true",
+                "default": None,
+                "help": "no randomised SVD, not even of kernels from 4096 x 4096 on",
+            },
+        ),
         ("--jobs", {"type": int, "metavar": "N", "help": "processes (default: one for each core)"}),
         ("--seed", {"type": int, "metavar": "N", "help": "of every random choice (default: 0)"}),
     ),

@@ -122,6 +122,9 @@ class Config:
         What the models are run and timed on; `input_shape` maps input names to sizes.
     provider_option, provider_library
         Options of the provider by their names, and libraries of providers by the names they are registered under.
+    exact
+        Every singular value decomposition in double precision and without random numbers, those of kernels from 4096 x 4096 on
+        too: slower there, and no other kernel changes.
     jobs
         Processes; 0 takes one for each core.
     seed
@@ -166,6 +169,7 @@ class Config:
     threads: int = 1
     batch_size: int = 1
     input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    exact: bool = False
     jobs: int = 0
     seed: int = 0
 
@@ -358,7 +362,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(PAIRS, _pairs),
     "max_drop": _number,
     **dict.fromkeys(("learning_rate", "orthogonality"), _number),
-    **dict.fromkeys(("fold_batchnorm", "dequantize", "batch_statistics"), _truth),
+    **dict.fromkeys(("fold_batchnorm", "dequantize", "batch_statistics", "exact"), _truth),
     "input_shape": _shapes,
 }
 """What makes an option's value from its everyday forms; the others are taken as they are."""

@@ -49,7 +49,7 @@ def mode_dot(tensor: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarray:
 
 def squared_norm(array: np.ndarray) -> float:
     """Squared Frobenius norm, accumulated in float64."""
-    flat = array.reshape(-1)
+    flat = array.ravel(order="K")  # a transposed matrix as it lies, without a copy
     return float(sum(np.square(flat[i : i + CHUNK], dtype=np.float64).sum() for i in range(0, flat.size, CHUNK)))
 
 
@@ -133,17 +133,19 @@ def truncated_svd(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray
     basis = leading_basis(matrix, rank)
     projected = _project(basis, matrix)
     scale = np.sqrt(np.linalg.norm(projected, axis=1))
-    scale[scale == 0] = (
-        1.0  # a direction without energy (rank-deficient matrix): zero on the right, unscaled on the left
-    )
-    return basis * scale, projected / scale[:, None]
+    # a direction without energy (rank-deficient matrix): zero on the right, unscaled on the left
+    scale[scale == 0] = 1.0
+    projected /= scale[:, None]
+    return basis * scale, projected
 
 
 def _project(basis: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """``basis.T @ matrix`` in float64, in column chunks."""
     step = max(1, CHUNK // max(matrix.shape[0], 1))
-    blocks = [basis.T @ np.asarray(matrix[:, i : i + step], dtype=np.float64) for i in range(0, matrix.shape[1], step)]
-    return np.concatenate(blocks, axis=1)
+    projected = np.empty((basis.shape[1], matrix.shape[1]))
+    for start in range(0, matrix.shape[1], step):
+        projected[:, start : start + step] = basis.T @ np.asarray(matrix[:, start : start + step], dtype=np.float64)
+    return projected
 
 
 def relative_residual(matrix: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:

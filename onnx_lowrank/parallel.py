@@ -29,7 +29,8 @@ def run_all(
     jobs: int,
     progress: Progress,
     stage: str,
-) -> list[Outcome]:
+    keep: Callable[[int, Outcome], Any] | None = None,
+) -> list[Any]:
     """``[function(task()) for task in tasks]``.
 
     The number of threads decides the last bits of a matrix product. So small tasks always run on one thread and
@@ -45,12 +46,15 @@ def run_all(
         Elements that each task works on.
     jobs
         Processes for the small tasks.
+    keep
+        Called in this process with the number of a task and its outcome as soon as that is known; what it returns stands
+        for the outcome.
     """
     done: dict[int, Any] = {}
     progress(stage, 0, len(tasks))
 
     def finish(index: int, outcome: Any) -> None:
-        done[index] = outcome
+        done[index] = outcome if keep is None else keep(index, outcome)
         progress(stage, len(done), len(tasks))
 
     # the largest first, so that no process is left with a long task at the end
@@ -58,7 +62,8 @@ def run_all(
     small = [i for i in order if sizes[i] <= LARGE]
     if jobs > 1 and len(small) > 1 and sum(sizes[i] for i in small) > WORTH_A_PROCESS:
         calls = (joblib.delayed(_on_one_thread)(function, i, tasks[i]()) for i in small)
-        for index, outcome in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
+        # without max_nbytes every array sent would stay in a file in memory until the last task is done
+        for index, outcome in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", max_nbytes=None)(calls):
             finish(index, outcome)
     else:
         for index in small:

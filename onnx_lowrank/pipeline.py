@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +39,8 @@ class Result:
     Parameters
     ----------
     model
-        Of the kind that was given: a ModelProto (also for a path), a graphsurgeon Graph or an onnx-ir Model.
+        Of the kind that was given: a ModelProto (also for a path), a graphsurgeon Graph or an onnx-ir Model. The tensors of
+        one with more than 1 GB of external data stay outside, in `folder`, for as long as the result is alive: `save` it.
     plan, report
         What was decided, and what came of it.
     details
@@ -51,6 +54,11 @@ class Result:
     _feeds: Feeds = field(repr=False)
     _compiled: bool = field(repr=False)
     details: tuple[LayerDetails, ...] = field(default=(), repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """What the places of external data in `model` are relative to."""
+        return self._written.folder
 
     @property
     def met(self) -> bool:
@@ -237,7 +245,7 @@ def verify(
         raise LowRankError("the two models have different inputs: two versions of one model were expected")
     planner = Planner(subject, config, progress)
     with open_bench(planner) as bench:
-        attempt = bench.measure(second.model, Plan(()), ())
+        attempt = bench.measure(second.model, Plan(()), (), second.model.path)
         latency = bench.latency(attempt)
         notes = bench.notes + _of_provider(latency)
         targets = bench.parts(attempt)
@@ -348,9 +356,12 @@ def _finish(bench: Bench, given: Any, best: Attempt, detailed: bool) -> Result:
         targets,
         bench.search(best),
     )
-    model = bench.model_of(best)
+    model, kept = bench.release(bench.model_of(best))
     feeds, compiled = planner.subject.feeds(), planner.target.compiled
-    return Result(from_proto(model.proto, given), best.plan, report, model, feeds, compiled, details)
+    result = Result(from_proto(model.proto, given), best.plan, report, model, feeds, compiled, details)
+    if kept is not None:
+        weakref.finalize(result, shutil.rmtree, kept, ignore_errors=True)
+    return result
 
 
 def _on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, ...]:

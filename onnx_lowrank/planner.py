@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TypeVar
 
 from onnx_lowrank.budgets import BUDGET_SOLVERS, find_solver
@@ -27,10 +29,12 @@ from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, is_joint
 from onnx_lowrank.engines import OnMNN
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
+from onnx_lowrank.graph.datafile import is_large
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.sections import alike
 from onnx_lowrank.parallel import run_all
 from onnx_lowrank.placement import Placement
+from onnx_lowrank.randomized import exactly
 from onnx_lowrank.ranks import parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
@@ -129,7 +133,10 @@ class Planner:
         self.seconds: dict[str, float] = {}
         # kernels are kept only for a search, which comes back to them: they may be as large as the model
         searches = config.max_drop is not None or any(budget.metric in MEASURED for budget in config.budget)
-        self._cache = FactorCache() if searches else None
+        self._searches = searches
+        self._cache: FactorCache | None = None
+        self.scratch: Path | None = None
+        """Folder for what a model too large for memory is made of on its way; without, all is in memory."""
         self._candidates: list[tuple[Candidate, ...]] | None = None
         self._unmeasured: list[tuple[Candidate, ...]] | None = None
         self._by_accuracy: list[tuple[Candidate, ...]] | None = None
@@ -146,7 +153,8 @@ class Planner:
         """Add the time spent inside to a stage."""
         start = time.perf_counter()
         try:
-            yield
+            with exactly(self.config.exact):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -509,11 +517,17 @@ class Planner:
         self._cache.put(choice, made)
 
     def carry_out(self, plan: Plan, *, fit: bool = True) -> tuple[Model, tuple[LayerReport, ...]]:
-        """The rewritten model, and what became of its layers; without `fit` by the weights alone."""
+        """The rewritten model, and what became of its layers; without `fit` by the weights alone.
+
+        The external data of a large one are in a folder of its own.
+        """
         subject = self.subject
         model: Model = subject.model
         layers: tuple[LayerReport, ...] = ()
         if not all(choice.dense for choice in plan.choices):
+            large = self.scratch is not None and is_large(model)
+            if self._searches and self._cache is None:
+                self._cache = FactorCache(self.scratch if large else None)
             with self.stage("factorize"):
                 model, layers = rewrite(
                     model,
@@ -527,6 +541,7 @@ class Planner:
                     feeds=self._fitting() if fit else None,
                     statistics=self.statistics if fit and (self.joint or self._tied) else {},
                     correct=not self.policy.plain,
+                    folder=Path(tempfile.mkdtemp(prefix="result-", dir=self.scratch)) if large else None,
                 )
         if self.config.finetune == "none" or not layers:  # what is trained needs them until then
             model = self.finished(model)

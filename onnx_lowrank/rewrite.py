@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.splice import Replacement, splice
 from onnx_lowrank.parallel import run_all
 from onnx_lowrank.refit import refit
-from onnx_lowrank.types import Candidate, Chain, Factorization, LayerStatistics, LowRankError, Plan, Progress
+from onnx_lowrank.types import Candidate, Chain, Factorization, Layer, LayerStatistics, LowRankError, Plan, Progress
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,78 @@ class LayerReport:
 
 
 class FactorCache:
-    """Factorizations made so far, so that a search that comes back to a candidate does not repeat its work."""
+    """Factorizations made so far, so that a search that comes back to a candidate does not repeat its work.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    folder
+        Where kernels wait, of a model too large for them to be in memory; None keeps them there.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
         self._made: dict[tuple[object, ...], Factorization] = {}
+        self._files: dict[tuple[object, ...], tuple[Path, list[list[tuple[tuple[int, ...], np.dtype]]]]] = {}
 
-    def get(self, choice: Candidate) -> Factorization | None:
-        return self._made.get((choice.layers, choice.decomposition, choice.rank))
+    def __contains__(self, choice: Candidate) -> bool:
+        return _key(choice) in self._made
+
+    def get(self, choice: Candidate) -> Factorization:
+        """What was put in for a choice; kernels on disk are read again each time."""
+        made = self._made[_key(choice)]
+        if _key(choice) not in self._files:
+            return made
+        path, forms = self._files[_key(choice)]
+        with open(path, "rb") as file:
+            kernels = tuple(tuple(_read(file, *form) for form in layer) for layer in forms)
+        return replace(made, kernels=kernels)
 
     def put(self, choice: Candidate, made: Factorization) -> None:
-        self._made[choice.layers, choice.decomposition, choice.rank] = made
+        key = _key(choice)
+        if self._folder is not None:
+            path = self._folder / f"factors-{len(self._made)}"
+            try:
+                with open(path, "wb") as file:
+                    for kernel in (kernel for layer in made.kernels for kernel in layer):
+                        file.write(np.ascontiguousarray(kernel).view(np.uint8).data)
+            except OSError as error:
+                raise LowRankError(
+                    f"{self._folder} cannot be written ({error.strerror}): it needs room for the factors; TMPDIR names another"
+                ) from error
+            self._files[key] = path, [[(kernel.shape, kernel.dtype) for kernel in layer] for layer in made.kernels]
+            made = replace(made, kernels=())
+        self._made[key] = made
+
+    def clear(self) -> None:
+        """Forget everything, and give back its room."""
+        for path, _ in self._files.values():
+            path.unlink(missing_ok=True)
+        self._made.clear()
+        self._files.clear()
+
+
+def _key(choice: Candidate) -> tuple[object, ...]:
+    return choice.layers, choice.decomposition, choice.rank
+
+
+def _read(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+
+
+class _FromCache(Mapping[Candidate, Factorization]):
+    """Factorizations of some choices, each read when it is asked for."""
+
+    def __init__(self, cache: FactorCache, choices: Sequence[Candidate]) -> None:
+        self._cache, self._choices = cache, choices
+
+    def __getitem__(self, choice: Candidate) -> Factorization:
+        return self._cache.get(choice)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self._choices)
+
+    def __len__(self) -> int:
+        return len(self._choices)
 
 
 def rewrite(
@@ -65,8 +129,14 @@ def rewrite(
     feeds: list[dict[str, np.ndarray]] | None = None,
     statistics: Mapping[str, LayerStatistics] | None = None,
     correct: bool = True,
+    folder: Path | None = None,
 ) -> tuple[Model, tuple[LayerReport, ...]]:
     """A copy of `model` with `plan` carried out, and what became of each layer.
+
+    Parameters
+    ----------
+    folder
+        For a model too large to be in memory: where its external data go, and its factors until they are written.
 
     Raises
     ------
@@ -77,22 +147,32 @@ def rewrite(
     work = [(group_of(c.layers, by_layer), c) for c in plan.choices if not c.dense]
     choices = [choice for _, choice in work]
     biases: dict[str, np.ndarray] = {}
+    made: Mapping[Candidate, Factorization]
+    own = cache is None
+    cache = FactorCache(folder) if cache is None else cache
     if feeds:  # each fit depends on those before it: nothing can be kept from another plan
         fitted = refit(model, found, choices, feeds, statistics=statistics or {}, seed=seed, progress=progress)
         made = {choice: fitted[choice.layers] for choice in choices}
     else:
-        made = _by_weights(work, FactorCache() if cache is None else cache, seed, jobs, progress)
+        _by_weights(work, cache, seed, jobs, progress)
+        made = _FromCache(cache, choices)
         if correct:
             biases = corrected_biases(model, found, made)
-    replacements, reports = [], []
-    for group, choice in work:
-        factorization = made[choice]
-        for index, (layer, chain) in enumerate(zip(group.layers, choice.chains, strict=True)):
-            kernels = factorization.of(index)
-            bias = factorization.biases[index] if factorization.biases else biases.get(layer.name)
-            replacements.append(Replacement(layer.name, choice.decomposition, choice.rank, chain, kernels, bias))
-            reports.append((group, layer, chain, choice, factorization, index == 0))
-    result, nodes = splice(model, found, replacements)
+    reports: list[tuple[Group, Layer, Chain, Candidate, Factorization, bool]] = []
+
+    def replacements() -> Iterator[Replacement]:
+        for group, choice in work:
+            factorization = made[choice]
+            done = replace(factorization, kernels=(), biases=())
+            for index, (layer, chain) in enumerate(zip(group.layers, choice.chains, strict=True)):
+                bias = factorization.biases[index] if factorization.biases else biases.get(layer.name)
+                reports.append((group, layer, chain, choice, done, index == 0))
+                kernels = factorization.of(index)
+                yield Replacement(layer.name, choice.decomposition, choice.rank, chain, kernels, bias)
+
+    result, nodes = splice(model, found, replacements(), folder)
+    if own:
+        cache.clear()
     return result, tuple(
         LayerReport(
             layer.name,
@@ -134,22 +214,18 @@ def _stored_by(choice: Candidate, chain: Chain, *, first: bool) -> int:
 
 def _by_weights(
     work: Sequence[tuple[Group, Candidate]], cache: FactorCache, seed: int, jobs: int, progress: Progress
-) -> dict[Candidate, Factorization]:
-    """Every choice factorised by the weights alone, or taken from the cache."""
-    known = {choice: cache.get(choice) for _, choice in work}
-    todo = [(group, choice) for group, choice in work if known[choice] is None]
-    made = run_all(
+) -> None:
+    """See that every choice is in the cache, factorised by the weights alone."""
+    todo = [(group, choice) for group, choice in work if choice not in cache]
+    run_all(
         _factorize,
         [partial(_task, group, choice, seed) for group, choice in todo],
         [group.layers[0].spec.params for group, _ in todo],
         jobs=jobs,
         progress=progress,
         stage="factorize",
+        keep=lambda index, made: cache.put(todo[index][1], made),
     )
-    for (_, choice), new in zip(todo, made, strict=True):
-        cache.put(choice, new)
-        known[choice] = new
-    return {choice: factorization for choice, factorization in known.items() if factorization is not None}
 
 
 def _task(group: Group, choice: Candidate, seed: int) -> tuple[Group, Candidate, int]:

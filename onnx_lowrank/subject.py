@@ -12,6 +12,7 @@ import numpy as np
 from onnx_lowrank.candidates import Group, group_layers
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import Dataset, open_data
+from onnx_lowrank.graph.datafile import is_large
 from onnx_lowrank.graph.dequantize import dequantized
 from onnx_lowrank.graph.find import Found, find_layers, model_cost, sized_tensors
 from onnx_lowrank.graph.limits import check_shapes
@@ -19,6 +20,7 @@ from onnx_lowrank.graph.model import Model, load, serialize
 from onnx_lowrank.graph.sections import Section, sections
 from onnx_lowrank.graph.shapes import Shapes, infer, model_inputs, sample_shapes, with_outputs
 from onnx_lowrank.integrations import to_proto
+from onnx_lowrank.parts import PartSession
 from onnx_lowrank.runtime import RunSettings, Session, tensor_shapes
 from onnx_lowrank.types import Cost, InputSpec, Layer, LowRankError, Skip
 from onnx_lowrank.verify import Feeds, first_feeds, random_feeds
@@ -199,7 +201,12 @@ def shapes_of(model: Model, inputs: tuple[InputSpec, ...], sizes: Shapes) -> Sha
     missing = [name for name in sized_tensors(model) if name not in shapes]
     if missing:
         feeds = random_feeds((spec.name, sizes[spec.name], spec.dtype) for spec in inputs)
-        session = Session(serialize(with_outputs(model, missing)), RunSettings(optimize=False), folder=model.folder)
+        asked, settings = with_outputs(model, missing), RunSettings(optimize=False)
+        session = (
+            PartSession(asked, settings)
+            if is_large(model)
+            else Session(serialize(asked), settings, folder=model.folder)
+        )
         try:
             shapes |= tensor_shapes(session, feeds, missing)
         except LowRankError as error:

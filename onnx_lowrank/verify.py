@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import stats
 
+from onnx_lowrank.parts import AT_ONCE, PartSession, time_in_parts
 from onnx_lowrank.runtime import Feeds, MNNSession, RunSettings, Session, needs, time_pair
 from onnx_lowrank.types import LowRankError
 
@@ -17,6 +19,10 @@ CONFIDENCE = 0.95
 
 Batches = Iterable[tuple[Feeds, "np.ndarray | None"]]
 Outputs = list[np.ndarray]
+
+
+Runnable = Session | PartSession
+"""A model on ONNX Runtime, whole or in parts."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +209,8 @@ def find_metric(name: str) -> Metric:
 
 
 def check_accuracy(
-    original: Session,
-    compressed: Session,
+    original: Runnable,
+    compressed: Runnable,
     batches: Batches,
     metric: str | None = None,
     custom: CustomMetric | None = None,
@@ -230,8 +236,7 @@ def check_accuracy(
     near: dict[str, list[np.ndarray]] = {name: [] for name in ("agreement", "cosine", "sqnr")}
     kept = _Kept()
     samples = broken = 0
-    for feeds, labels in batches:
-        reference, outputs = original.run(feeds), compressed.run(feeds)
+    for reference, outputs, labels in _run_both(original, compressed, batches):
         _check_shapes(reference, outputs)
         spoiled = is_broken(outputs, reference)
         broken += int(spoiled.sum())
@@ -264,6 +269,22 @@ def check_accuracy(
         drop, upper = float(each.mean() - others_each.mean()), drop_upper(each, others_each)
     # of a model that returns NaN nothing can be promised, not even where the original is wrong as well
     return Accuracy(metric, first, second, drop, float("inf") if broken else upper, samples, others, broken)
+
+
+def _run_both(
+    original: Runnable, compressed: Runnable, batches: Batches
+) -> Iterator[tuple[Outputs, Outputs, np.ndarray | None]]:
+    """Outputs of both models and labels, batch by batch; several batches at once where parts have to be loaded for them."""
+    if not (isinstance(original, PartSession) and isinstance(compressed, PartSession)):
+        for feeds, labels in batches:
+            yield original.run(feeds), compressed.run(feeds), labels
+        return
+    rest = iter(batches)
+    while some := list(itertools.islice(rest, AT_ONCE)):
+        together = [feeds for feeds, _ in some]
+        yield from zip(
+            original.run_all(together), compressed.run_all(together), [labels for _, labels in some], strict=True
+        )
 
 
 class _Kept:
@@ -378,8 +399,8 @@ def _paired_upper(lost: int, gained: int, n: int) -> float:
 
 
 def check_latency(
-    original: Session | MNNSession,
-    compressed: Session | MNNSession,
+    original: Runnable | MNNSession,
+    compressed: Runnable | MNNSession,
     feeds: Feeds,
     settings: RunSettings,
     rounds: int = 50,
@@ -387,7 +408,10 @@ def check_latency(
     """Time both models in turn on `feeds`; a provider that left a whole model to the CPU is given no figure."""
     medians = ninetieths = ratios = [math.nan, math.nan, math.nan]
     if original.runs_there and compressed.runs_there:
-        timing = time_pair(original, compressed, feeds, rounds=rounds)
+        if isinstance(original, PartSession) and isinstance(compressed, PartSession):
+            timing = time_in_parts(original, compressed, feeds)
+        else:
+            timing = time_pair(original, compressed, feeds, rounds=rounds)
         times = timing.first_ms, timing.second_ms
         medians, ninetieths = ([float(np.percentile(ms, share)) for ms in times] for share in (50, 90))
         ratios = [timing.speedup, *timing.speedup_interval]

@@ -43,7 +43,7 @@ MAY_IMPORT = {
 }
 """Libraries that have one place each, so that everything else can be used and tested without them."""
 
-NUMERIC_CORE = ("linalg.py", "types.py", "decompositions/", "ranks/", "budgets/")
+NUMERIC_CORE = ("linalg.py", "randomized.py", "types.py", "decompositions/", "ranks/", "budgets/")
 KNOWS_NUMBERS_ONLY = {"numpy", "scipy", "onnx_lowrank"}
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from onnx_lowrank.decompositions.weighted import iterations_of
-from onnx_lowrank.linalg import relative_residual, singular_values, tail_energy, truncated_svd
+from onnx_lowrank.linalg import tail_energy
+from onnx_lowrank.randomized import low_rank, spectrum
 from onnx_lowrank.types import Chain, ConvSpec, Factorization, LayerStatistics, Rank, Stage
 
 
@@ -62,7 +63,7 @@ class MatrixDecomposition(ABC):
         picks = [rank[0] for rank in ranks]
         if statistics is not None:
             return self.weighted_errors(np.asarray(weights[0], np.float64), statistics[0].covariance, picks)
-        return tail_energy(singular_values(self.matricize(weights[0])))[picks]
+        return tail_energy(spectrum(self.matricize(weights[0])))[picks]
 
     def estimate_rank(self, weights: Sequence[np.ndarray], estimator: Callable[[np.ndarray], int]) -> Rank:
         return (estimator(self.matricize(weights[0])),)
@@ -82,9 +83,8 @@ class MatrixDecomposition(ABC):
             begin = None if start is None else start[0][0]
             return self.weighted_fit(weight, moment, rank[0], iterations_of(start, draft), begin)
         matrix = self.matricize(weights[0])
-        left, right = truncated_svd(matrix, rank[0])
-        kernels = self.tensorize(left, right, weights[0].shape)
-        return Factorization((kernels,), relative_residual(matrix, left, right))
+        left, right, error = low_rank(matrix, rank[0], rng)
+        return Factorization((self.tensorize(left, right, weights[0].shape),), error)
 
 
 def pointwise(kernel: np.ndarray, ndim: int) -> np.ndarray:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -18,6 +19,9 @@ from onnx.external_data_helper import uses_external_data
 from onnx_lowrank.graph.limits import PACKED, check_fits, dtype_of, one_line, stored_bytes
 from onnx_lowrank.graph.model import Model, attributes, external_file, readers
 from onnx_lowrank.types import LowRankError
+
+COPIED = 1 << 24
+"""Bytes of external data in memory while they are copied."""
 
 MOST_STEPS = 128
 """Operators that a constant may be derived by: a model could spend any time and depth on them."""
@@ -209,15 +213,32 @@ def read_external(tensor: onnx.TensorProto, folder: Path) -> bytes:
     LowRankError
         Where the file is missing, too short, or outside the model's folder.
     """
+    with _external_file(tensor, folder) as (file, size):
+        check_fits(f"tensor '{tensor.name}'", size, "the model is damaged, or needs a larger machine")
+        return file.read(size)
+
+
+def external_chunks(tensor: onnx.TensorProto, folder: Path) -> Iterator[bytes]:
+    """As :func:`read_external`, ``COPIED`` bytes at a time."""
+    with _external_file(tensor, folder) as (file, size):
+        while size > 0 and (chunk := file.read(min(size, COPIED))):
+            size -= len(chunk)
+            yield chunk
+    if size:
+        raise LowRankError(f"the file of tensor '{tensor.name}' became shorter while it was read")
+
+
+@contextmanager
+def _external_file(tensor: onnx.TensorProto, folder: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """The file of a tensor's external data, at its place, and the bytes of the tensor."""
     path, offset = external_place(tensor, folder)
     size = stored_bytes(tensor)
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size - offset < size:  # before memory is taken for what it claims
                 raise LowRankError(f"{path} ends before tensor '{tensor.name}' does: was its copy interrupted?")
-            check_fits(f"tensor '{tensor.name}'", size, "the model is damaged, or needs a larger machine")
             file.seek(offset)
-            return file.read(size)
+            yield file, size
     except OSError as error:
         raise LowRankError(f"{path}, which holds tensor '{tensor.name}', cannot be read ({error.strerror})") from error
 

@@ -209,9 +209,9 @@ def tensors_read(node: onnx.NodeProto) -> set[str]:
     """Tensors that a node reads, from inside its subgraphs too."""
     names = {name for name in node.input if name}
     for graph in subgraphs(node):
-        for inner in graph.node:
-            names |= tensors_read(inner)
-        names |= {o.name for o in graph.output}
+        inside = {o.name for o in graph.output}.union(*map(tensors_read, graph.node))
+        own = {value.name for value in [*graph.input, *graph.initializer]}
+        names |= inside - own.union(*(inner.output for inner in graph.node))
     return names
 
 

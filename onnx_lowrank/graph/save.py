@@ -9,18 +9,13 @@ from pathlib import Path
 import onnx
 from onnx.external_data_helper import uses_external_data
 
-from onnx_lowrank.graph.constants import read_external, read_tensor, stored_bytes
+from onnx_lowrank.graph.datafile import DataFile, for_data_file
+from onnx_lowrank.graph.limits import stored_bytes
 from onnx_lowrank.graph.model import MAX_PROTO_BYTES, Model, all_graphs, serialize, stored_tensors
 from onnx_lowrank.types import LowRankError
 
-EXTERNAL_FROM = 1024
-"""Tensors of at least this many bytes go to the data file, where there is one."""
-
 MARGIN = 1 << 27
 """Left for everything in a model that is not an initializer."""
-
-ALIGNMENT = 4096
-"""Of tensors in the data file, so that a runtime can map them."""
 
 
 def check_destination(path: Path, source: Path | None) -> None:
@@ -104,38 +99,8 @@ def _externalized(model: Model, data: Path) -> Model:
     """A copy of `model` whose large tensors are in the file `data`, written tensor by tensor."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model.proto)
-    with open(data, "wb") as file:
-        for tensor in _for_data_file(bare):
-            raw = _raw(tensor, model.folder)
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            offset = file.tell()
-            file.write(raw)
-            for field in ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data"):
-                tensor.ClearField(field)
-            del tensor.external_data[:]
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            for key, text in (("location", data.name), ("offset", offset), ("length", len(raw))):
-                tensor.external_data.add(key=key, value=str(text))
-        file.flush()
-        os.fsync(file.fileno())
+    with DataFile(data) as file:
+        for tensor in for_data_file(bare):
+            file.take(tensor, model.folder)
+        file.sync()
     return Model(bare, data.parent)
-
-
-def _for_data_file(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Tensors that are external already, and large initializers. Those of strings have no raw data."""
-    found = [tensor for tensor in stored_tensors(proto) if uses_external_data(tensor)]
-    for tensor in (tensor for graph in all_graphs(proto.graph) for tensor in graph.initializer):
-        fits = tensor.data_type != onnx.TensorProto.STRING and stored_bytes(tensor) >= EXTERNAL_FROM
-        if fits and not uses_external_data(tensor):
-            found.append(tensor)
-    return found
-
-
-def _raw(tensor: onnx.TensorProto, folder: Path) -> bytes:
-    if uses_external_data(tensor):
-        return read_external(tensor, folder)
-    return (
-        tensor.raw_data
-        if tensor.HasField("raw_data")
-        else onnx.numpy_helper.from_array(read_tensor(tensor, folder)).raw_data
-    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ import onnx
 from onnx_lowrank.graph.constants import Constants
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.islands import Naming, build_island
+from onnx_lowrank.graph.limits import stored_bytes
 from onnx_lowrank.graph.model import Model, attributes, tensors_read
 from onnx_lowrank.types import Chain, Layer
 
@@ -33,6 +35,8 @@ class Segment:
     proto: onnx.ModelProto
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    folder: Path | None = None
+    """What the places of its external data are relative to."""
 
     def serialize(self, dtypes: Mapping[str, np.dtype]) -> bytes:
         """Bytes of a model of just these nodes, for inputs of the dtypes given and of any shape."""
@@ -168,6 +172,23 @@ def sources(model: Model, found: Found, names: Sequence[str]) -> Segment | None:
     return whole.segment(pending, wanted) if pending else None
 
 
+def divided(model: Model, most: int) -> list[Segment]:
+    """A whole model in segments of at most `most` bytes of stored tensors each, or of one node where that has more."""
+    whole = _Whole(model)
+    parts: list[list[int]] = [[]]
+    held: dict[str, int] = {}
+    for position in range(len(whole.nodes)):
+        if position in whole.constant and not whole.results.intersection(whole.nodes[position].output):
+            continue
+        stored = whole.stored_by(position)
+        if parts[-1] and stored.keys() - held.keys() and sum((held | stored).values()) > most:
+            parts.append([])
+            held = {}
+        parts[-1].append(position)
+        held |= stored
+    return [whole.segment(part, whole.later[part[-1] + 1]) for part in parts if part]
+
+
 def island_of(model: Model, cut: Cut, chain: Chain, kernels: Sequence[np.ndarray]) -> Segment:
     """The nodes that stand for a layer, to run by themselves."""
     numbers = [str(i) for i in range(len(chain))]
@@ -186,7 +207,7 @@ def island_of(model: Model, cut: Cut, chain: Chain, kernels: Sequence[np.ndarray
     proto.graph.node.extend(island.nodes)
     proto.graph.initializer.extend(island.initializers)
     proto.graph.output.append(onnx.ValueInfoProto(name=cut.output))
-    return Segment(proto, (cut.source,), (cut.output,))
+    return Segment(proto, (cut.source,), (cut.output,), model.folder)
 
 
 def _feature_axes(node: onnx.NodeProto, weight_input: int) -> tuple[int, int]:
@@ -207,7 +228,7 @@ class _Whole:
         self._constants = Constants(model)
         self.nodes = list(model.graph.node)
         self.reads = [tensors_read(node) for node in self.nodes]
-        self._results = {o.name for o in model.graph.output}
+        self.results = {o.name for o in model.graph.output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
         for node, names in zip(self.nodes, self.reads, strict=True):
             for name in names:
@@ -218,7 +239,7 @@ class _Whole:
             if self.reads[index] <= known and not node.op_type.startswith("Random"):
                 self.constant.add(index)
                 known.update(node.output)
-        self.later: list[set[str]] = [self._results]
+        self.later: list[set[str]] = [self.results]
         for names in reversed(self.reads):
             self.later.append(self.later[-1] | names)
         self.later.reverse()  # later[i]: what node i and all after it read
@@ -245,7 +266,21 @@ class _Whole:
         proto.graph.node.extend(ordered)
         proto.graph.initializer.extend(self._stored[name] for name in sorted(stored))
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-        return Segment(proto, tuple(sorted(wanted - made - stored)), outputs)
+        return Segment(proto, tuple(sorted(wanted - made - stored)), outputs, self._model.folder)
+
+    def stored_by(self, position: int) -> dict[str, int]:
+        """Bytes of the stored tensors that a node reads, and those that its inputs are derived from."""
+        found: dict[str, int] = {}
+        todo, seen = list(self.reads[position]), set[int]()
+        while todo:
+            name = todo.pop()
+            index = self._makers.get(name)
+            if name in self._stored:
+                found[name] = stored_bytes(self._stored[name])
+            elif index is not None and index not in seen:
+                seen.add(index)
+                todo += self.reads[index]
+        return found
 
     def bias(self, node: onnx.NodeProto, layer: Layer) -> np.ndarray | None:
         """The constant that a layer adds to its output."""
@@ -318,4 +353,4 @@ class _Whole:
             group = next((a.i for a in node.attribute if a.name == "group"), 1)
             blocks = kernel.reshape(group, len(kernel) // group, kernel.shape[1], -1)  # (g, O/g, I/g, k)
             squares.append(blocks.sum(axis=(1, 3)).ravel())
-        return np.sqrt(sum(squares)) if squares and name not in self._results else None
+        return np.sqrt(sum(squares)) if squares and name not in self.results else None

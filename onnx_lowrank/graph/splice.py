@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnx
 
 from onnx_lowrank.graph.constants import add_initializer, drop_unread, lists_all
+from onnx_lowrank.graph.datafile import DataFile, for_data_file
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.islands import Island, Naming, build_island, zero_of
 from onnx_lowrank.graph.model import Model, tensor_names
 from onnx_lowrank.types import Chain, Layer, LowRankError
+
+DATA = "model.onnx.data"
+"""Name of the file of external data in a folder of its own."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Replacement:
     bias: np.ndarray | None = None
 
 
-def splice(model: Model, found: Found, replacements: Sequence[Replacement]) -> tuple[Model, dict[str, tuple[str, ...]]]:
+def splice(
+    model: Model, found: Found, replacements: Iterable[Replacement], folder: Path | None = None
+) -> tuple[Model, dict[str, tuple[str, ...]]]:
     """A copy of `model` with layers replaced.
 
     Parameters
@@ -48,6 +55,11 @@ def splice(model: Model, found: Found, replacements: Sequence[Replacement]) -> t
         Not changed; the kernels that fall away are not copied either.
     found
         The layers of `model`.
+    replacements
+        Taken one after the other: with a `folder`, the kernels of one at a time are in memory.
+    folder
+        Where the external data of the copy go, old and new; without, kernels are inside it, and what is external stays
+        where it is.
 
     Returns
     -------
@@ -56,9 +68,25 @@ def splice(model: Model, found: Found, replacements: Sequence[Replacement]) -> t
     names
         Names of the new nodes for each layer replaced: what lists of node names elsewhere have to follow.
     """
+    if folder is None:
+        return _splice(model, found, replacements, None)
+    try:
+        with DataFile(folder / DATA) as data:
+            result, names = _splice(model, found, replacements, data)
+    except OSError as error:
+        raise LowRankError(
+            f"{folder} cannot be written ({error.strerror or error}): it needs room for the result; TMPDIR names another"
+        ) from error
+    return replace(result, folder=folder), names
+
+
+def _splice(
+    model: Model, found: Found, replacements: Iterable[Replacement], data: DataFile | None
+) -> tuple[Model, dict[str, tuple[str, ...]]]:
     taken, shared = tensor_names(model.proto), dict[str, str]()
     layers = {layer.name: layer for layer in found.layers}
     islands: list[tuple[int, Island]] = []
+    outside: dict[str, onnx.TensorProto] = {}
     names: dict[str, tuple[str, ...]] = {}
     replaced: list[str] = []
     for item in replacements:
@@ -73,7 +101,7 @@ def splice(model: Model, found: Found, replacements: Sequence[Replacement]) -> t
         except LowRankError as error:
             raise LowRankError(f"layer '{item.layer}', {item.decomposition} of rank {item.rank}: {error}") from error
         _describe(node, island.nodes, item)
-        islands.append((place.position, island))
+        islands.append((place.position, island if data is None else _outside(island, data, model.folder, outside)))
         names[item.layer] = tuple(new.name or new.output[0] for new in island.nodes)
         if item.bias is not None and len(node.input) > 2 and node.input[2]:
             replaced.append(node.input[2])
@@ -84,13 +112,27 @@ def splice(model: Model, found: Found, replacements: Sequence[Replacement]) -> t
         del result.graph.node[position]
         for node in reversed(island.nodes):
             result.graph.node.insert(position, node)
+    drop_unread(result, replaced)
+    if data is not None:
+        for tensor in for_data_file(result.proto):
+            data.take(tensor, model.folder)
     present, listed = set[str](), lists_all(model)
     for tensor in (tensor for _, island in islands for tensor in island.initializers):
         if tensor.name not in present:
             present.add(tensor.name)
             add_initializer(result, tensor, listed=listed)
-    drop_unread(result, replaced)
     return result, names
+
+
+def _outside(island: Island, data: DataFile, folder: Path, known: dict[str, onnx.TensorProto]) -> Island:
+    """An island whose kernels are in a data file, once for each name, with nothing left of the message that held them."""
+    nodes = [onnx.NodeProto() for _ in island.nodes]
+    for copy, node in zip(nodes, island.nodes, strict=True):
+        copy.CopyFrom(node)
+    for tensor in island.initializers:
+        if tensor.name not in known:
+            known[tensor.name] = data.taken(tensor, folder)
+    return Island(tuple(nodes), tuple(known[tensor.name] for tensor in island.initializers))
 
 
 def _names(node: onnx.NodeProto, layer: Layer, item: Replacement, shared: dict[str, str], taken: set[str]) -> Naming:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -168,7 +169,16 @@ class Session:
         return "" if self.provider == CPU else f" on {self.provider}"
 
 
-def tensor_shapes(session: Session, feeds: Feeds, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+class Runs(Protocol):
+    """A model on ONNX Runtime, whole or in parts."""
+
+    outputs: tuple[str, ...]
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
+        """Values of the outputs."""
+
+
+def tensor_shapes(session: Runs, feeds: Feeds, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of tensors that the model returns, by running it."""
     wanted = [name for name in names if name in session.outputs]
     if not wanted:

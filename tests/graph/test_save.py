@@ -15,8 +15,9 @@ from onnx.external_data_helper import uses_external_data
 
 from onnx_lowrank.graph import model as model_module
 from onnx_lowrank.graph import save as module
+from onnx_lowrank.graph.datafile import ALIGNMENT, EXTERNAL_FROM
 from onnx_lowrank.graph.model import Model, load, serialize, stored_tensors
-from onnx_lowrank.graph.save import ALIGNMENT, EXTERNAL_FROM, check_destination, save
+from onnx_lowrank.graph.save import check_destination, save
 from onnx_lowrank.types import LowRankError
 from tests.helpers import assert_close, decompose, feeds_of, normal, parse, run
 
