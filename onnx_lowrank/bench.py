@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onnx_lowrank.cache import cache_folder
 from onnx_lowrank.calibrate import Batch
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import load_function
@@ -30,7 +31,6 @@ from onnx_lowrank.rewrite import LayerReport
 from onnx_lowrank.runtime import RunSettings, Session, give_back_memory, time_pair
 from onnx_lowrank.sensitivity import difference
 from onnx_lowrank.subject import open_config_data, shapes_of
-from onnx_lowrank.timings import cache_folder
 from onnx_lowrank.types import LowRankError, Plan
 from onnx_lowrank.verify import (
     Accuracy,

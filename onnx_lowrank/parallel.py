@@ -1,17 +1,23 @@
-"""Many independent tasks on the cores of this machine, with results that do not depend on how many."""
+"""A function mapped over layers: here, in processes of this machine or on a cluster, and only where it was not before.
+
+Results do not depend on where, nor on how many work at a time.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import joblib
 from threadpoolctl import threadpool_limits
 
+from onnx_lowrank.cache import Store, environment, fingerprint
 from onnx_lowrank.types import Progress
 
-Task = TypeVar("Task")
+Given = TypeVar("Given")
 Outcome = TypeVar("Outcome")
 
 LARGE = 1 << 23
@@ -21,55 +27,127 @@ WORTH_A_PROCESS = 1 << 20
 """Starting processes takes about a second: below this many elements in all, it is not worth it."""
 
 
+@dataclass(frozen=True)
+class Task(Generic[Given]):
+    """What is to be done for one layer, or a group of them.
+
+    Parameters
+    ----------
+    given
+        What the function takes, with its kernels still in the model.
+    size
+        Elements that are worked on.
+    key
+        All that the outcome depends on; see :func:`onnx_lowrank.cache.fingerprint`. None is never kept.
+    placed
+        Whether `given` can be sent as it is, so that its kernels are read from the model's file where the work is done.
+    """
+
+    given: Given
+    size: int
+    key: tuple[Any, ...] | None = None
+    placed: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where work is done, and what is kept of it.
+
+    Parameters
+    ----------
+    jobs
+        Processes for small tasks.
+    cluster
+        Address of a Dask scheduler, whose workers do the small tasks instead.
+    store
+        Cache of results; None for none.
+    """
+
+    jobs: int = 1
+    cluster: str | None = None
+    store: Store | None = None
+
+
 def run_all(
-    function: Callable[[Task], Outcome],
-    tasks: Sequence[Callable[[], Task]],
-    sizes: Sequence[int],
+    function: Callable[[Given], Outcome],
+    tasks: Sequence[Task[Given]],
+    load: Callable[[Given], Given],
     *,
-    jobs: int,
+    work: Work,
     progress: Progress,
     stage: str,
 ) -> list[Outcome]:
-    """``[function(task()) for task in tasks]``.
+    """``[function(load(task.given)) for task in tasks]``, less what is kept from before.
 
     The number of threads decides the last bits of a matrix product. So small tasks always run on one thread and
-    large ones always on every core, whatever `jobs` is, and the same seed gives the same bytes.
+    large ones always on every core of this machine, whatever `work` says, and the same seed gives the same bytes.
 
     Parameters
     ----------
     function
-        Picklable, as are its arguments.
-    tasks
-        Each makes its argument when its turn comes, so that few of them are in memory at once.
-    sizes
-        Elements that each task works on.
-    jobs
-        Processes for the small tasks.
+        Picklable, as are what `load` returns and what comes out.
+    load
+        Reads the kernels of a task, when its turn comes: few of them are in memory at once.
     """
     done: dict[int, Any] = {}
     progress(stage, 0, len(tasks))
+    names = {index: _name(function, task) for index, task in enumerate(tasks)} if work.store else {}
 
     def finish(index: int, outcome: Any) -> None:
         done[index] = outcome
         progress(stage, len(done), len(tasks))
 
-    # the largest first, so that no process is left with a long task at the end
-    order = sorted(range(len(tasks)), key=lambda i: -sizes[i])
-    small = [i for i in order if sizes[i] <= LARGE]
-    if jobs > 1 and len(small) > 1 and sum(sizes[i] for i in small) > WORTH_A_PROCESS:
-        calls = (joblib.delayed(_on_one_thread)(function, i, tasks[i]()) for i in small)
-        for index, outcome in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
+    def keep(outcomes: Iterable[tuple[int, Any]]) -> None:
+        for index, outcome in outcomes:
+            if work.store and (name := names[index]):
+                work.store.put(name, outcome)
             finish(index, outcome)
-    else:
-        for index in small:
-            finish(*_on_one_thread(function, index, tasks[index]()))
+
+    for index, name in names.items():
+        if work.store and name and (kept := work.store.get(name)) is not None:
+            finish(index, kept)
+    # the largest first, so that no process is left with a long task at the end
+    order = sorted((i for i in range(len(tasks)) if i not in done), key=lambda i: -tasks[i].size)
+    small = [i for i in order if tasks[i].size <= LARGE]
+    if len(small) > 1 and sum(tasks[i].size for i in small) > WORTH_A_PROCESS:
+        if work.cluster:
+            from onnx_lowrank.cluster import on_cluster
+
+            keep(on_cluster(work.cluster, function, load, {i: tasks[i] for i in small}))
+        elif work.jobs > 1:
+            calls = (joblib.delayed(_apart)(function, i, load(tasks[i].given)) for i in small)
+            keep(joblib.Parallel(n_jobs=work.jobs, return_as="generator_unordered")(calls))
+    keep((i, on_one_thread(function, load(tasks[i].given))) for i in small if i not in done)
     for index in order:
         if index not in done:
             with threadpool_limits(os.cpu_count()):
-                finish(index, function(tasks[index]()))
+                keep([(index, function(load(tasks[index].given)))])
     return [done[i] for i in range(len(tasks))]
 
 
-def _on_one_thread(function: Callable[[Task], Outcome], index: int, task: Task) -> tuple[int, Outcome]:
-    with threadpool_limits(1):
-        return index, function(task)
+def _name(function: Callable[..., Any], task: Task[Any]) -> str | None:
+    """What the outcome of a task is kept under; None where that cannot be told."""
+    if task.key is None:
+        return None
+    threads = os.cpu_count() if task.size > LARGE else 1
+    try:
+        return fingerprint(environment(), function.__qualname__, threads, task.key)
+    except TypeError:
+        return None
+
+
+def _apart(function: Callable[[Given], Outcome], index: int, given: Given) -> tuple[int, Outcome]:
+    return index, on_one_thread(function, given)
+
+
+_alone = threading.Lock()
+
+
+def on_one_thread(function: Callable[[Given], Outcome], given: Given) -> Outcome:
+    """``function(given)`` on one thread of the linear algebra.
+
+    The limit is that of the whole process, and the thread that set it first has the say: where a process has several, as
+    workers of a cluster may, they take turns.
+    """
+    with _alone, threadpool_limits(1):
+        return function(given)

@@ -9,18 +9,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from onnx_lowrank.budgets import BUDGET_SOLVERS, find_solver
 from onnx_lowrank.budgets.enc import TOP, combined
 from onnx_lowrank.budgets.knapsack import OutOfReach, cheapest
+from onnx_lowrank.cache import open_store
+from onnx_lowrank.cache.keys import source_key
 from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length
 from onnx_lowrank.candidates import (
     Group,
-    Refuses,
     estimated_candidate,
     group_candidates,
-    loaded,
+    group_task,
+    loaded_task,
+    methods_key,
     pareto,
 )
 from onnx_lowrank.config import MEASURED, METHODS, Config
@@ -29,9 +32,9 @@ from onnx_lowrank.engines import OnMNN
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.sections import alike
-from onnx_lowrank.parallel import run_all
+from onnx_lowrank.parallel import Task, Work, run_all
 from onnx_lowrank.placement import Placement
-from onnx_lowrank.ranks import parse_estimator
+from onnx_lowrank.ranks import RANK_ESTIMATORS, parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
 from onnx_lowrank.runtime import block_size
 from onnx_lowrank.sensitivity import agreeing, interpolated, measured
@@ -81,7 +84,6 @@ CHECKS = 4
 NEAR, AIM = 0.96, 0.985
 """Share of the latency asked for that a plan has to use, and that the next one aims at: below it by what repeats differ."""
 
-Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 
 
@@ -126,6 +128,7 @@ class Planner:
             )
         self.subject, self.config, self.progress = subject, config, progress
         self.policy = policy or Policy()
+        self.work = Work(config.workers, config.cluster, open_store())
         self.seconds: dict[str, float] = {}
         # kernels are kept only for a search, which comes back to them: they may be as large as the model
         searches = config.max_drop is not None or any(budget.metric in MEASURED for budget in config.budget)
@@ -156,15 +159,9 @@ class Planner:
             damage = self.config.damage
             seen = self.statistics if damage in ("output", "weights") else {}
             made = self._for_each_group(
-                partial(
-                    _candidates_of,
-                    block=self.block,
-                    refuses=self.target.refuses,
-                    most=EVERY_RANK if self.policy.every_rank else None,
-                    levels=damage in ("energy", "accuracy", "combined"),
-                ),
+                _candidates_of,
                 [
-                    partial(_task, group, self._methods(index, group), _of_group(group, seen))
+                    self._candidates_task(group, self._methods(index, group), _of_group(group, seen))
                     for index, group in enumerate((*self.subject.groups, *self.joint))
                 ],
             )
@@ -223,7 +220,7 @@ class Planner:
                 candidates,
                 feeds=self.apart(),
                 seed=self.config.seed,
-                jobs=self.config.workers,
+                work=self.work,
                 progress=self.progress,
             )
 
@@ -263,19 +260,28 @@ class Planner:
                 progress=self.progress,
             )
 
+    def _candidates_task(
+        self, group: Group, methods: tuple[str, ...], seen: list[LayerStatistics] | None
+    ) -> Task[tuple[Any, ...]]:
+        most = EVERY_RANK if self.policy.every_rank else None
+        levels = self.config.damage in ("energy", "accuracy", "combined")
+        return group_task(
+            group,
+            *(methods, seen, self.block, most, levels, self.target.refuses),
+            size=group.dense.cost.params,
+            key=(methods_key(*methods), seen, self.block, most, levels, self._target_key),
+        )
+
+    @property
+    def _target_key(self) -> tuple[Any, ...]:
+        """All that :meth:`Target.refuses` goes by."""
+        return self.target.name, self.target.spatial
+
     def _for_each_group(
-        self, function: Callable[[Task], Outcome], tasks: Sequence[Callable[[], Task]]
+        self, function: Callable[[tuple[Any, ...]], Outcome], tasks: Sequence[Task[tuple[Any, ...]]]
     ) -> list[Outcome]:
-        groups = (*self.subject.groups, *self.joint)[: len(tasks)]
         with self.stage("analyze"):
-            return run_all(
-                function,
-                tasks,
-                [group.dense.cost.params for group in groups],
-                jobs=self.config.workers,
-                progress=self.progress,
-                stage="analyze",
-            )
+            return run_all(function, tasks, loaded_task, work=self.work, progress=self.progress, stage="analyze")
 
     def calibration(self) -> list[Batch] | None:
         """Samples for fitting, batch by batch; None where the user gave none."""
@@ -468,17 +474,21 @@ class Planner:
 
     def estimated(self) -> Plan:
         """The plan that a rank estimator makes, in the place of an allocation."""
-        estimator = parse_estimator(self.config.rank or "vbmf")
+        text = self.config.rank or "vbmf"
+        estimator = parse_estimator(text)
         alone = tuple(name for name in self.config.methods if not is_joint(name))
+        known = text, source_key(RANK_ESTIMATORS[text.partition("=")[0].strip()])
         made = self._for_each_group(
-            partial(
-                estimated_candidate,
-                methods=alone,
-                estimator=estimator,
-                block=self.block,
-                refuses=self.target.refuses,
-            ),
-            [partial(loaded, group) for group in self.subject.groups],
+            _estimated_of,
+            [
+                group_task(
+                    group,
+                    *(alone, estimator, self.block, self.target.refuses),
+                    size=group.dense.cost.params,
+                    key=(methods_key(*alone), known, self.block, self._target_key),
+                )
+                for group in self.subject.groups
+            ],
         )
         self._refused = tuple(item for item in made if isinstance(item, Skip))
         groups = self.subject.groups
@@ -509,7 +519,7 @@ class Planner:
                     subject.groups,
                     plan,
                     seed=self.config.seed,
-                    jobs=self.config.workers,
+                    work=self.work,
                     progress=self.progress,
                     cache=self._cache,
                     feeds=self._fitting() if fit else None,
@@ -595,15 +605,10 @@ def _of_group(group: Group, seen: Mapping[str, LayerStatistics]) -> list[LayerSt
     return [seen[name] for name in names] if all(name in seen for name in names) else None
 
 
-_Task = tuple[Group, tuple[str, ...], "Sequence[LayerStatistics] | None"]
-
-
-def _task(group: Group, methods: tuple[str, ...], seen: Sequence[LayerStatistics] | None) -> _Task:
-    return loaded(group), methods, seen
-
-
-def _candidates_of(
-    task: _Task, block: int, refuses: Refuses, most: int | None, levels: bool
-) -> tuple[tuple[Candidate, ...], Skip | None]:
-    group, methods, seen = task
+def _candidates_of(given: tuple[Any, ...]) -> tuple[tuple[Candidate, ...], Skip | None]:
+    group, methods, seen, block, most, levels, refuses = given
     return group_candidates(group, methods, block, seen, most=most, levels=levels, refuses=refuses)
+
+
+def _estimated_of(given: tuple[Any, ...]) -> Candidate | Skip:
+    return estimated_candidate(*given)

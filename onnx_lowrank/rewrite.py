@@ -6,17 +6,17 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 
-from onnx_lowrank.candidates import Group, chain_macs, group_of, loaded, show_rank
+from onnx_lowrank.candidates import Group, chain_macs, group_of, group_task, loaded_task, methods_key, show_rank
 from onnx_lowrank.correction import corrected_biases
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.splice import Replacement, splice
-from onnx_lowrank.parallel import run_all
+from onnx_lowrank.parallel import Work, run_all
 from onnx_lowrank.refit import refit
 from onnx_lowrank.types import Candidate, Chain, Factorization, LayerStatistics, LowRankError, Plan, Progress
 
@@ -59,7 +59,7 @@ def rewrite(
     plan: Plan,
     *,
     seed: int,
-    jobs: int,
+    work: Work,
     progress: Progress,
     cache: FactorCache | None = None,
     feeds: list[dict[str, np.ndarray]] | None = None,
@@ -74,18 +74,18 @@ def rewrite(
         Where a layer cannot be factorised or written; its name, decomposition and rank are in the message.
     """
     by_layer = {name: group for group in groups for name in group.names}
-    work = [(group_of(c.layers, by_layer), c) for c in plan.choices if not c.dense]
-    choices = [choice for _, choice in work]
+    chosen = [(group_of(c.layers, by_layer), c) for c in plan.choices if not c.dense]
+    choices = [choice for _, choice in chosen]
     biases: dict[str, np.ndarray] = {}
     if feeds:  # each fit depends on those before it: nothing can be kept from another plan
         fitted = refit(model, found, choices, feeds, statistics=statistics or {}, seed=seed, progress=progress)
         made = {choice: fitted[choice.layers] for choice in choices}
     else:
-        made = _by_weights(work, FactorCache() if cache is None else cache, seed, jobs, progress)
+        made = _by_weights(chosen, FactorCache() if cache is None else cache, seed, work, progress)
         if correct:
             biases = corrected_biases(model, found, made)
     replacements, reports = [], []
-    for group, choice in work:
+    for group, choice in chosen:
         factorization = made[choice]
         for index, (layer, chain) in enumerate(zip(group.layers, choice.chains, strict=True)):
             kernels = factorization.of(index)
@@ -133,31 +133,29 @@ def _stored_by(choice: Candidate, chain: Chain, *, first: bool) -> int:
 
 
 def _by_weights(
-    work: Sequence[tuple[Group, Candidate]], cache: FactorCache, seed: int, jobs: int, progress: Progress
+    chosen: Sequence[tuple[Group, Candidate]], cache: FactorCache, seed: int, work: Work, progress: Progress
 ) -> dict[Candidate, Factorization]:
     """Every choice factorised by the weights alone, or taken from the cache."""
-    known = {choice: cache.get(choice) for _, choice in work}
-    todo = [(group, choice) for group, choice in work if known[choice] is None]
-    made = run_all(
-        _factorize,
-        [partial(_task, group, choice, seed) for group, choice in todo],
-        [group.layers[0].spec.params for group, _ in todo],
-        jobs=jobs,
-        progress=progress,
-        stage="factorize",
-    )
+    known = {choice: cache.get(choice) for _, choice in chosen}
+    todo = [(group, choice) for group, choice in chosen if known[choice] is None]
+    tasks = [
+        group_task(
+            group,
+            *(choice, seed),
+            size=group.layers[0].spec.params,
+            key=(methods_key(choice.decomposition), choice.rank, seed),
+        )
+        for group, choice in todo
+    ]
+    made = run_all(_factorize, tasks, loaded_task, work=work, progress=progress, stage="factorize")
     for (_, choice), new in zip(todo, made, strict=True):
         cache.put(choice, new)
         known[choice] = new
     return {choice: factorization for choice, factorization in known.items() if factorization is not None}
 
 
-def _task(group: Group, choice: Candidate, seed: int) -> tuple[Group, Candidate, int]:
-    return loaded(group), choice, seed
-
-
-def _factorize(task: tuple[Group, Candidate, int]) -> Factorization:
-    group, choice, seed = task
+def _factorize(given: tuple[Any, ...]) -> Factorization:
+    group, choice, seed = given
     layer = group.layers[0]
     # a stream of its own for each layer: the result does not depend on the order or on what else is decomposed
     rng = np.random.default_rng([seed, zlib.crc32(layer.name.encode())])

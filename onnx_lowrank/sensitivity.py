@@ -11,19 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from onnx_lowrank.calibrate import Activations, Loaded, count, run_segment
-from onnx_lowrank.candidates import Group, loaded, pareto, spread
+from onnx_lowrank.candidates import Group, group_task, loaded_task, methods_key, pareto, spread
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.levels import NONE
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, cuts, island_of, last_segment
-from onnx_lowrank.parallel import run_all
+from onnx_lowrank.parallel import Work, run_all
 from onnx_lowrank.types import Candidate, Factorization, LayerStatistics, Progress
 from onnx_lowrank.verify import METRICS
 
@@ -55,7 +55,7 @@ def measured(
     statistics: dict[str, LayerStatistics],
     feeds: list[dict[str, np.ndarray]],
     seed: int,
-    jobs: int,
+    work: Work,
     progress: Progress,
 ) -> list[tuple[Candidate, ...]]:
     """`candidates` with, in the place of errors of their layers, what these do to the model's outputs.
@@ -65,7 +65,7 @@ def measured(
     probes = [probe for group in candidates for probe in _probes(group)]
     if not probes:
         return [tuple(group) for group in candidates]
-    made = _drafts(groups, probes, statistics, seed, jobs, progress)
+    made = _drafts(groups, probes, statistics, seed, work, progress)
     names = sorted({name for probe in probes for name in probe.layers})
     few = _few(feeds, len(probes), ACTIVATIONS_BYTES // _held_bytes(found, names))
     bench = _Bench(model, found, names, few)
@@ -91,7 +91,7 @@ def agreeing(
     *,
     feeds: list[dict[str, np.ndarray]],
     seed: int,
-    jobs: int,
+    work: Work,
     progress: Progress,
 ) -> list[tuple[Candidate, ...]]:
     """`candidates` with -log of the accuracy that is left when their layer alone is decomposed.
@@ -115,7 +115,7 @@ def agreeing(
             probes += [by_rank[rank] for rank in spread(list(by_rank), ACCURACY_RANKS)]
     if not probes:
         return [tuple(group) for group in candidates]
-    made = _drafts(groups, probes, {}, seed, jobs, progress)
+    made = _drafts(groups, probes, {}, seed, work, progress)
     names = sorted({name for probe in probes for name in probe.layers})
     # all samples, as many at a time as fit: what few of them do not show would count as free of charge
     parts = list(_portions(feeds, ACTIVATIONS_BYTES // _held_bytes(found, names)))
@@ -191,36 +191,26 @@ def interpolated(points: Sequence[tuple[float, float]], error: float) -> float:
     return float(np.exp(np.interp(at, x, y)))
 
 
-_Task = tuple[Group, Candidate, "LayerStatistics | None"]
-
-
-def _task(group: Group, probe: Candidate, seen: LayerStatistics | None) -> _Task:
-    return loaded(group), probe, seen
-
-
 def _drafts(
     groups: Sequence[Group],
     probes: Sequence[Candidate],
     statistics: Mapping[str, LayerStatistics],
     seed: int,
-    jobs: int,
+    work: Work,
     progress: Progress,
 ) -> list[Factorization]:
     """Every probe factorised, quickly."""
     owners = {name: group for group in groups for name in group.names}
-    firsts = [probe.layers[0] for probe in probes]
-    return run_all(
-        partial(_draft, seed=seed),
-        [partial(_task, owners[name], probe, statistics.get(name)) for name, probe in zip(firsts, probes, strict=True)],
-        [owners[name].layers[0].spec.params for name in firsts],
-        jobs=jobs,
-        progress=progress,
-        stage="analyze",
-    )
+    tasks = []
+    for probe in probes:
+        group, seen = owners[probe.layers[0]], statistics.get(probe.layers[0])
+        key = methods_key(probe.decomposition), probe.rank, seen, seed
+        tasks.append(group_task(group, probe, seen, seed, size=group.layers[0].spec.params, key=key))
+    return run_all(_draft, tasks, loaded_task, work=work, progress=progress, stage="analyze")
 
 
-def _draft(task: _Task, seed: int) -> Factorization:
-    group, probe, seen = task
+def _draft(given: tuple[Any, ...]) -> Factorization:
+    group, probe, seen, seed = given
     layer = group.layers[0]
     return lift.factorize(
         find_decomposition(probe.decomposition),

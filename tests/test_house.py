@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "google": ("graph/",),
     "onnxruntime": ("runtime/", "quantize/qdq.py"),
     "torch": ("finetune/",),
+    "dask": ("cluster.py",),
+    "distributed": ("cluster.py",),
     "MNN": ("runtime/mnn.py",),
     "_tools": ("runtime/mnn.py",),
     "argparse": ("cli.py", "runtime/portable.py"),
