@@ -107,6 +107,11 @@ def _there(
         return RAISED, error
 
 
+def _its_environment() -> dict[str, str]:
+    """On a worker: what decides about the last bits of what it computes."""
+    return environment()
+
+
 def _difference(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
     """In what two processes differ that would show in the results; empty where in nothing."""
     return "; ".join(
@@ -139,7 +144,7 @@ def _alike(client: distributed.Client, address: str) -> list[str]:
     if not _workers(client):
         raise LowRankError(f"the Dask cluster at {address} has no workers: start some by `dask worker {address}`")
     wanted = environment()
-    found = client.run(environment, on_error="return")
+    found = client.run(_its_environment, on_error="return")
     reasons = {
         worker: f"cannot do the work ({said})" if isinstance(said, BaseException) else _difference(wanted, said)
         for worker, said in found.items()
@@ -174,7 +179,8 @@ def _finished(client: distributed.Client, sent: dict[Any, int]) -> list[Any]:
 
     while True:
         try:
-            return list(distributed.wait(list(sent), timeout=PATIENCE_SECONDS, return_when="FIRST_COMPLETED").done)
+            with client.as_current():
+                return list(distributed.wait(list(sent), timeout=PATIENCE_SECONDS, return_when="FIRST_COMPLETED").done)
         except CancelledError:
             return [future for future in sent if future.done()]
         except distributed.TimeoutError:
