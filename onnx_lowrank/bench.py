@@ -17,6 +17,7 @@ from onnx_lowrank.cache import cache_folder
 from onnx_lowrank.calibrate import Batch
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import load_function
+from onnx_lowrank.files import scratch_folder
 from onnx_lowrank.finetune import require_torch
 from onnx_lowrank.graph.check import check_model
 from onnx_lowrank.graph.constants import external_place
@@ -373,8 +374,8 @@ class Bench:
 @contextmanager
 def open_bench(planner: Planner) -> Iterator[Bench]:
     """A bench with a scratch folder, which goes when the work is done."""
-    with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-        bench = Bench(planner, Path(folder))
+    with scratch_folder(Path(tempfile.gettempdir()), "onnx-lowrank-") as folder:
+        bench = Bench(planner, folder)
         yield bench
         if bench.refiner is not None:  # all is done: nothing to go on from
             bench.refiner.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from onnx_lowrank.budgets import BUDGET_SOLVERS, find_solver
 from onnx_lowrank.budgets.enc import TOP, combined
 from onnx_lowrank.budgets.knapsack import OutOfReach, cheapest
-from onnx_lowrank.cache import open_store
+from onnx_lowrank.cache import NOTHING, Kept, environment, open_store
 from onnx_lowrank.cache.keys import source_key
 from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length
 from onnx_lowrank.candidates import (
@@ -30,13 +31,14 @@ from onnx_lowrank.config import MEASURED, METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, is_joint
 from onnx_lowrank.engines import OnMNN
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
+from onnx_lowrank.graph.kernels import model_digest
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.sections import alike
 from onnx_lowrank.parallel import Task, Work, run_all
 from onnx_lowrank.placement import Placement
 from onnx_lowrank.ranks import RANK_ESTIMATORS, parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
-from onnx_lowrank.runtime import block_size
+from onnx_lowrank.runtime import block_size, processor, version
 from onnx_lowrank.sensitivity import agreeing, interpolated, measured
 from onnx_lowrank.subject import Subject, open_config_data
 from onnx_lowrank.tables import Table, check_target, filled_tables
@@ -221,8 +223,19 @@ class Planner:
                 feeds=self.apart(),
                 seed=self.config.seed,
                 work=self.work,
+                kept=self.kept,
                 progress=self.progress,
             )
+
+    @cached_property
+    def kept(self) -> Kept:
+        """Results kept of runs of this model on this machine."""
+        runs = version(), processor(), os.cpu_count()
+        return (
+            Kept(self.work.store).under(environment(), runs, model_digest(self.subject.model))
+            if self.work.store
+            else NOTHING
+        )
 
     @cached_property
     def engine(self) -> OnMNN | None:
@@ -257,6 +270,7 @@ class Planner:
                 alone,
                 held_apart(feeds)[0],
                 seed=self.config.seed,
+                kept=self.kept,
                 progress=self.progress,
             )
 
@@ -520,6 +534,7 @@ class Planner:
                     plan,
                     seed=self.config.seed,
                     work=self.work,
+                    kept=self.kept if fit else NOTHING,
                     progress=self.progress,
                     cache=self._cache,
                     feeds=self._fitting() if fit else None,

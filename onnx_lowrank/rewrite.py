@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from onnx_lowrank.cache import NOTHING, Kept
 from onnx_lowrank.candidates import Group, chain_macs, group_of, group_task, loaded_task, methods_key, show_rank
 from onnx_lowrank.correction import corrected_biases
 from onnx_lowrank.decompositions import find_decomposition, lift
@@ -60,6 +61,7 @@ def rewrite(
     *,
     seed: int,
     work: Work,
+    kept: Kept = NOTHING,
     progress: Progress,
     cache: FactorCache | None = None,
     feeds: list[dict[str, np.ndarray]] | None = None,
@@ -78,7 +80,8 @@ def rewrite(
     choices = [choice for _, choice in chosen]
     biases: dict[str, np.ndarray] = {}
     if feeds:  # each fit depends on those before it: nothing can be kept from another plan
-        fitted = refit(model, found, choices, feeds, statistics=statistics or {}, seed=seed, progress=progress)
+        seen = statistics or {}
+        fitted = refit(model, found, choices, feeds, statistics=seen, seed=seed, kept=kept, progress=progress)
         made = {choice: fitted[choice.layers] for choice in choices}
     else:
         made = _by_weights(chosen, FactorCache() if cache is None else cache, seed, work, progress)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from onnx_lowrank.cache import NOTHING, Kept
 from onnx_lowrank.calibrate import Activations, Loaded, count, run_segment
 from onnx_lowrank.candidates import Group, group_task, loaded_task, methods_key, pareto, spread
 from onnx_lowrank.decompositions import find_decomposition, lift
@@ -57,6 +59,7 @@ def measured(
     seed: int,
     work: Work,
     progress: Progress,
+    kept: Kept = NOTHING,
 ) -> list[tuple[Candidate, ...]]:
     """`candidates` with, in the place of errors of their layers, what these do to the model's outputs.
 
@@ -68,10 +71,13 @@ def measured(
     made = _drafts(groups, probes, statistics, seed, work, progress)
     names = sorted({name for probe in probes for name in probe.layers})
     few = _few(feeds, len(probes), ACTIVATIONS_BYTES // _held_bytes(found, names))
-    bench = _Bench(model, found, names, few)
+    bench = cache(partial(_Bench, model, found, names, few))
+    kept = kept.under("damage", names, few)
     damages: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for number, (probe, factorization) in enumerate(zip(probes, made, strict=True), 1):
-        damages.setdefault(probe.layers, []).append((probe.error, bench.damage(probe, factorization)))
+        look = partial(_looked_at, bench, _Bench.damage, probe, factorization)
+        damage = kept.result(look, probe.layers, probe.chains, factorization)
+        damages.setdefault(probe.layers, []).append((probe.error, damage))
         progress("sensitivity", number, len(probes))
     return [
         tuple(replace(c, error=interpolated(damages[c.layers], c.error)) if not c.dense else c for c in group)
@@ -93,6 +99,7 @@ def agreeing(
     seed: int,
     work: Work,
     progress: Progress,
+    kept: Kept = NOTHING,
 ) -> list[tuple[Candidate, ...]]:
     """`candidates` with -log of the accuracy that is left when their layer alone is decomposed.
 
@@ -119,14 +126,17 @@ def agreeing(
     names = sorted({name for probe in probes for name in probe.layers})
     # all samples, as many at a time as fit: what few of them do not show would count as free of charge
     parts = list(_portions(feeds, ACTIVATIONS_BYTES // _held_bytes(found, names)))
-    kept = np.zeros(len(probes))
+    left = np.zeros(len(probes))
     for turn, part in enumerate(parts):
-        bench = _Bench(model, found, names, part)
+        bench = cache(partial(_Bench, model, found, names, part))
+        agreement = kept.under("agreement", names, part)
         for number, (probe, factorization) in enumerate(zip(probes, made, strict=True)):
-            kept[number] += count(part) / count(feeds) * bench.agreement(probe, factorization)
+            look = partial(_looked_at, bench, _Bench.agreement, probe, factorization)
+            share = agreement.result(look, probe.layers, probe.chains, factorization)
+            left[number] += count(part) / count(feeds) * share
             progress("sensitivity", turn * len(probes) + number + 1, len(parts) * len(probes))
     points: dict[tuple[tuple[str, ...], str], dict[float, float]] = {}
-    for probe, share in zip(probes, kept, strict=True):
+    for probe, share in zip(probes, left, strict=True):
         measured_at = points.setdefault((probe.layers, probe.decomposition), {1.0: 1.0})
         measured_at.setdefault(math.exp(-probe.error), float(share))
     curves = {key: _curve(at) for key, at in points.items()}
@@ -310,6 +320,16 @@ class _Bench:
     def _results(self, activations: Activations) -> list[list[np.ndarray]]:
         """The outputs, batch by batch."""
         return [[batch[name] for name in self._outputs] for batch in activations.batches]
+
+
+def _looked_at(
+    bench: Callable[[], _Bench],
+    look: Callable[[_Bench, Candidate, Factorization], float],
+    probe: Candidate,
+    made: Factorization,
+) -> float:
+    """What a bench sees of a probe; it is only made where something is still to be seen."""
+    return look(bench(), probe, made)
 
 
 def _mean_missed(cut: Cut, wanted: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> np.ndarray:

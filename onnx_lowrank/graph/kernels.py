@@ -7,10 +7,11 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+from onnx.external_data_helper import uses_external_data
 
 from onnx_lowrank.cache import fingerprint
-from onnx_lowrank.graph.constants import Constants
-from onnx_lowrank.graph.model import load
+from onnx_lowrank.graph.constants import Constants, read_external
+from onnx_lowrank.graph.model import Model, load, serialize, stored_tensors
 from onnx_lowrank.types import LowRankError
 
 
@@ -48,6 +49,12 @@ class Kernel:
 
     def __reduce__(self) -> tuple[type[PlacedKernel], tuple[str, str, bool, str]]:
         return PlacedKernel, (str(self._path), self._tensor, self._transposed, self.digest)
+
+
+def model_digest(model: Model) -> str:
+    """Hash of a model and of its external data, which is read tensor by tensor."""
+    external = (tensor for tensor in stored_tensors(model.proto) if uses_external_data(tensor))
+    return fingerprint(serialize(model), [fingerprint(read_external(tensor, model.folder)) for tensor in external])
 
 
 class PlacedKernel:
