@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg.blas import dger, ssyrk
 
-from onnx_lowrank.cache import NOTHING, Kept
+from onnx_lowrank.cache import UNKEPT, Kept
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, Segment, cuts, sources
@@ -327,7 +327,7 @@ def collect(
     *,
     seed: int,
     progress: Progress,
-    kept: Kept = NOTHING,
+    kept: Kept = UNKEPT,
 ) -> dict[str, LayerStatistics]:
     """Statistics of the inputs of the layers called `names` in the model as it is.
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from onnx_lowrank.budgets import BUDGET_SOLVERS, find_solver
 from onnx_lowrank.budgets.enc import TOP, combined
 from onnx_lowrank.budgets.knapsack import OutOfReach, cheapest
-from onnx_lowrank.cache import NOTHING, Kept, environment, open_store
+from onnx_lowrank.cache import UNKEPT, Kept, environment, open_store
 from onnx_lowrank.cache.keys import source_key
 from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length
 from onnx_lowrank.candidates import (
@@ -234,7 +234,7 @@ class Planner:
         return (
             Kept(self.work.store).under(environment(), runs, model_digest(self.subject.model))
             if self.work.store
-            else NOTHING
+            else UNKEPT
         )
 
     @cached_property
@@ -534,7 +534,7 @@ class Planner:
                     plan,
                     seed=self.config.seed,
                     work=self.work,
-                    kept=self.kept if fit else NOTHING,
+                    kept=self.kept if fit else UNKEPT,
                     progress=self.progress,
                     cache=self._cache,
                     feeds=self._fitting() if fit else None,

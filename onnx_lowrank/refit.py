@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from onnx_lowrank.cache import NOTHING, Kept
+from onnx_lowrank.cache import UNKEPT, Kept
 from onnx_lowrank.cache.keys import member_key
 from onnx_lowrank.calibrate import (
     HELD_OUT,
@@ -63,7 +63,7 @@ def refit(
     statistics: Mapping[str, LayerStatistics] | None = None,
     seed: int,
     progress: Progress,
-    kept: Kept = NOTHING,
+    kept: Kept = UNKEPT,
 ) -> dict[tuple[str, ...], Factorization]:
     """Kernels and biases for `choices`, fitted in sequence.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_lowrank.cache import NOTHING, Kept
+from onnx_lowrank.cache import UNKEPT, Kept
 from onnx_lowrank.candidates import Group, chain_macs, group_of, group_task, loaded_task, methods_key, show_rank
 from onnx_lowrank.correction import corrected_biases
 from onnx_lowrank.decompositions import find_decomposition, lift
@@ -61,7 +61,7 @@ def rewrite(
     *,
     seed: int,
     work: Work,
-    kept: Kept = NOTHING,
+    kept: Kept = UNKEPT,
     progress: Progress,
     cache: FactorCache | None = None,
     feeds: list[dict[str, np.ndarray]] | None = None,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from onnx_lowrank.cache import NOTHING, Kept
+from onnx_lowrank.cache import UNKEPT, Kept
 from onnx_lowrank.calibrate import Activations, Loaded, count, run_segment
 from onnx_lowrank.candidates import Group, group_task, loaded_task, methods_key, pareto, spread
 from onnx_lowrank.decompositions import find_decomposition, lift
@@ -59,7 +59,7 @@ def measured(
     seed: int,
     work: Work,
     progress: Progress,
-    kept: Kept = NOTHING,
+    kept: Kept = UNKEPT,
 ) -> list[tuple[Candidate, ...]]:
     """`candidates` with, in the place of errors of their layers, what these do to the model's outputs.
 
@@ -99,7 +99,7 @@ def agreeing(
     seed: int,
     work: Work,
     progress: Progress,
-    kept: Kept = NOTHING,
+    kept: Kept = UNKEPT,
 ) -> list[tuple[Candidate, ...]]:
     """`candidates` with -log of the accuracy that is left when their layer alone is decomposed.
 

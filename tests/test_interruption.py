@@ -71,7 +71,8 @@ class Place:
     def left(self) -> list[str]:
         """What lies about that is not a result."""
         files = [*(self.folder / "scratch").rglob("*"), *(self.folder / "out").rglob("*")]
-        return sorted(path.relative_to(self.folder).as_posix() for path in files if path != self.out)
+        others = {self.out, self.folder / "scratch" / ".ses"}  # the latter is ONNX Runtime's
+        return sorted(path.relative_to(self.folder).as_posix() for path in files if path not in others)
 
 
 def furnished(folder: Path) -> Place:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from onnx_lowrank.cache.folder import CacheFolder, open_cache
-from onnx_lowrank.cache.kept import NOTHING, Kept
+from onnx_lowrank.cache.kept import UNKEPT, Kept
 from onnx_lowrank.cache.keys import environment, fingerprint
 from onnx_lowrank.cache.store import FOLDER, LIMIT, Store, cache_folder, open_store
 
 __all__ = [
     "FOLDER",
-    "NOTHING",
+    "UNKEPT",
     "LIMIT",
     "CacheFolder",
     "Kept",

@@ -58,5 +58,5 @@ class Kept:
         return made
 
 
-NOTHING = Kept()
+UNKEPT = Kept()
 """What keeps nothing."""
