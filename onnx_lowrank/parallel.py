@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import joblib
@@ -25,6 +28,10 @@ LARGE = 1 << 23
 
 WORTH_A_PROCESS = 1 << 20
 """Starting processes takes about a second: below this many elements in all, it is not worth it."""
+
+
+WATCH_SECONDS = 1.0
+"""How often a process looks whether the one that started it is still there."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +122,7 @@ def run_all(
 
             keep(on_cluster(work.cluster, function, load, {i: tasks[i] for i in small}))
         elif work.jobs > 1:
-            calls = (joblib.delayed(_apart)(function, i, load(tasks[i].given)) for i in small)
-            keep(joblib.Parallel(n_jobs=work.jobs, return_as="generator_unordered")(calls))
+            keep(_in_processes(function, load, {i: tasks[i] for i in small}, work.jobs))
     keep((i, on_one_thread(function, load(tasks[i].given))) for i in small if i not in done)
     for index in order:
         if index not in done:
@@ -136,8 +142,41 @@ def _name(function: Callable[..., Any], task: Task[Any]) -> str | None:
         return None
 
 
-def _apart(function: Callable[[Given], Outcome], index: int, given: Given) -> tuple[int, Outcome]:
+def _in_processes(
+    function: Callable[[Given], Outcome],
+    load: Callable[[Given], Given],
+    tasks: Mapping[int, Task[Given]],
+    jobs: int,
+) -> Iterator[tuple[int, Outcome]]:
+    """Outcomes by the index of their tasks, as they come from processes of this machine."""
+    calls = (joblib.delayed(_apart)(function, i, load(task.given), os.getpid()) for i, task in tasks.items())
+    outcomes = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
+    try:
+        # `yield from` would close them before the warning can be caught
+        for each in outcomes:  # noqa: UP028
+            yield each
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an interrupt, what is in hand is lost: that is meant
+            outcomes.close()
+
+
+def _apart(function: Callable[[Given], Outcome], index: int, given: Given, parent: int) -> tuple[int, Outcome]:
+    _end_with(parent)
     return index, on_one_thread(function, given)
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """End this process when its parent does, which may be killed: nobody else would."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        os._exit(1)
+
+    if os.getppid() == parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 _alone = threading.Lock()

@@ -2,8 +2,7 @@
 
     python -m tests.interrupted SIGNAL MOMENT LOG ARGUMENT...
 
-Counts the calls of Python and C functions from when the work begins, and sends SIGNAL to its process group at number MOMENT (never,
-where that is 0). LOG gets a line for each piece of work that begins, and the number of calls in the end.
+Counts the calls of Python and C functions from when the work begins, and sends SIGNAL at number MOMENT (never, where that is 0). LOG gets a line for each piece of work that begins, and the number of calls in the end.
 """
 
 from __future__ import annotations
@@ -21,13 +20,16 @@ from onnx_lowrank.types import Candidate
 
 def main() -> int:
     name, moment, log, *arguments = sys.argv[1:]
+    parallel.WORTH_A_PROCESS = 0
     calls = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
         nonlocal calls
         calls += 1
         if calls == int(moment):
-            os.killpg(0, getattr(signal, name))
+            number = getattr(signal, name)
+            # a terminal tells all processes; whoever ends one names it
+            os.killpg(0, number) if number == signal.SIGINT else os.kill(os.getpid(), number)
 
     def told(line: str) -> None:
         handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

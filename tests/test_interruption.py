@@ -29,7 +29,7 @@ NETWORK = """g (float[N, 6, 8, 8] x) => (float[N, 10] y) {
   [head] y = Gemm <transB=1> (f, w, v)
 }"""
 
-KILLS = 6
+KILLS = 4
 
 
 @dataclass
@@ -145,7 +145,7 @@ def test_a_stopped_run_says_so_and_leaves_the_old_file(
 ) -> None:
     calls = undisturbed[""][2]
     place.out.write_bytes(b"the old file")
-    for moment in (calls // 7, calls // 2):
+    for moment in (calls // 50, calls // 15):
         done = place.start(name, moment, "--jobs", str(jobs), options="")
         assert (done.returncode, done.stdout) == (code, "")
         assert done.stderr == f"onnx-lowrank: {word}; nothing was written\n"
@@ -153,6 +153,15 @@ def test_a_stopped_run_says_so_and_leaves_the_old_file(
         assert place.left() == []
     done = place.start(name, 0)
     assert done.returncode == 0
+    assert place.out.read_bytes() == undisturbed[""][0]
+
+
+def test_processes_end_with_the_one_that_started_them(place: Place, undisturbed: Undisturbed) -> None:
+    """They would hold the ends of the pipes that the run is read from."""
+    done = place.start("SIGKILL", undisturbed[""][2] // 15, "--jobs", "2")
+    assert done.returncode == -signal.SIGKILL
+    done = place.start("SIGKILL", 0, "--jobs", "2")
+    assert (done.returncode, place.left()) == (0, [])
     assert place.out.read_bytes() == undisturbed[""][0]
 
 
