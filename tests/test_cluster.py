@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 
 import models
 import onnx_lowrank as lr
 from onnx_lowrank import cluster, parallel
-from onnx_lowrank.cache import Store
+from onnx_lowrank.cache import Store, fingerprint
 from onnx_lowrank.candidates import group_task, loaded_task
 from onnx_lowrank.config import make_config
+from onnx_lowrank.graph.find import find_layers
+from onnx_lowrank.graph.kernels import Kernel, PlacedKernel
+from onnx_lowrank.graph.model import load
+from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.parallel import Task, Work, run_all
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import LowRankError, no_progress
@@ -234,24 +239,72 @@ def test_kernels_of_a_file_are_named_and_not_sent(path: Path, address: str, capl
     assert "are sent" not in caplog.text
 
 
-@pytest.mark.parametrize("change", ["gone", "another"])
+@pytest.mark.parametrize("form", ["raw", "external", "float_data", "transposed", "bfloat16"])
+def test_kernels_of_every_form_come_back_from_their_place(tmp_path: Path, form: str) -> None:
+    model = tiny.classifier()  # Gemms, one of them transposed
+    if form == "transposed":
+        for node in model.graph.node:
+            del node.attribute[:]
+        model.graph.initializer[0].dims[:] = model.graph.initializer[0].dims[::-1]
+        model.graph.initializer[2].dims[:] = model.graph.initializer[2].dims[::-1]
+    for tensor in model.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor)
+        if form == "bfloat16":
+            value = value.astype(ml_dtypes.bfloat16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+        if form == "float_data":
+            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, tensor.data_type, value.shape, value.ravel()))
+    path = tmp_path / "model.onnx"
+    if form == "external":
+        onnx.save(model, path, save_as_external_data=True, location="model.data", size_threshold=0)
+    elif form == "bfloat16":
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+        path.write_bytes(model.SerializeToString())
+    else:
+        onnx.save(model, path)
+    loaded = load(path)
+    shapes = infer(loaded, {"x": (1, 16)})
+    layers = find_layers(loaded, shapes).layers
+    assert len(layers) == 2
+    for layer in layers:
+        kernel = layer.read_weight
+        there = pickle.loads(pickle.dumps(kernel))
+        assert kernel.placed is (form != "float_data")
+        assert isinstance(there, PlacedKernel) is kernel.placed
+        assert (there().dtype, there().shape) == (kernel().dtype, kernel().shape)
+        assert fingerprint(there()) == fingerprint(kernel())
+
+
+@pytest.mark.parametrize("content", [None, bytes(100), bytes(1 << 22)], ids=["gone", "cut short", "another"])
 def test_kernels_that_the_workers_do_not_see_are_sent(
-    path: Path, address: str, change: str, caplog: pytest.LogCaptureFixture
+    path: Path, address: str, content: bytes | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    other = path.with_name("there.onnx")  # what the workers find under the name
+    if content is not None:
+        other.write_bytes(content)
+    monkeypatch.setattr(Kernel, "_place", lambda self: (other, 50))
+    with caplog.at_level(logging.INFO, "onnx_lowrank"):
+        found = seen(str(path), address)
+    assert HERE not in {process for process, _ in found}
+    assert [kernel for _, kernel in found] == expected(str(path))
+    assert "kernels are sent to the workers" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["gone", "longer", "cut short", "no model"])
+def test_kernels_of_a_file_that_was_changed_are_sent(path: Path, address: str, change: str) -> None:
     wanted = expected(str(path))
 
     def prepare() -> None:
+        data = path.read_bytes()
+        changed = {"gone": b"", "longer": b"x" + data, "cut short": data[:-5000], "no model": b"\xff" * 100}[change]
+        path.write_bytes(changed)
         if change == "gone":
             path.unlink()
-        else:
-            tiny.save(tiny.classifier(), path.with_name("other.onnx"))
-            shutil.copy(path.with_name("other.onnx"), path)
 
-    with caplog.at_level(logging.INFO, "onnx_lowrank"):
-        found = seen(str(path), address, prepare)
+    found = seen(str(path), address, prepare)
     assert HERE not in {process for process, _ in found}
     assert [kernel for _, kernel in found] == wanted
-    assert "kernels are sent to the workers" in caplog.text
 
 
 def test_kernels_of_a_model_in_memory_are_sent(address: str) -> None:

@@ -264,12 +264,13 @@ def _mark_shared(
     forms: dict[str, set[object]] = {}
     kept: set[str] = set()
     kernels: dict[str, Kernel] = {}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
     for layer in layers:
         root, place = layer.weight_name, places[layer.name]
         node = model.graph.node[place.position]
         names = constants.chain(node.input[place.weight_input])
         turned = _reads_in_out(node, place.weight_input)
-        kernels[layer.name] = Kernel(layer.read_weight, model.path, names[0], turned)
+        kernels[layer.name] = Kernel(layer.read_weight, model, stored.get(names[0]), turned)
         # layers that read a kernel in the same form become the same chain; read in two forms, it stays
         forms.setdefault(root, set()).add((*names, _form(layer.spec), turned))
         alike = sum(1 for other in layers if other.weight_name == root)

@@ -1,17 +1,23 @@
-"""Kernels of layers as other processes find them again: by their place in the model's file and their hash."""
+"""Kernels of layers as other processes find them again: by their place in a file and their hash."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx
 from onnx.external_data_helper import uses_external_data
 
 from onnx_lowrank.cache import fingerprint
-from onnx_lowrank.graph.constants import Constants, read_external
-from onnx_lowrank.graph.model import Model, load, serialize, stored_tensors
+from onnx_lowrank.graph.constants import external_place, read_external
+from onnx_lowrank.graph.limits import dtype_of
+from onnx_lowrank.graph.model import Model, serialize, stored_tensors
+from onnx_lowrank.graph.places import raw_places
 from onnx_lowrank.types import LowRankError
 
 
@@ -22,17 +28,18 @@ class Kernel:
     ----------
     read
         Reads it here.
-    path
-        File of the model; None where it is in memory only.
+    model
+        What it is in.
     tensor
-        Name of the constant in the model.
+        The stored tensor that holds it; None where it is derived from one.
     transposed
-        Whether the constant is the kernel's transpose.
+        Whether that is the kernel's transpose.
     """
 
-    def __init__(self, read: Callable[[], np.ndarray], path: Path | None, tensor: str, transposed: bool) -> None:
-        self._read, self._path = read, path.absolute() if path else None
-        self._tensor, self._transposed = tensor, transposed
+    def __init__(
+        self, read: Callable[[], np.ndarray], model: Model, tensor: onnx.TensorProto | None, transposed: bool
+    ) -> None:
+        self._read, self._model, self._tensor, self._transposed = read, model, tensor, transposed
 
     def __call__(self) -> np.ndarray:
         return self._read()
@@ -44,24 +51,43 @@ class Kernel:
 
     @property
     def placed(self) -> bool:
-        """Whether it can be read by another process."""
-        return self._path is not None
+        """Whether another process can read it, if it sees the files of the model."""
+        stored = self._tensor is not None and (self._tensor.HasField("raw_data") or uses_external_data(self._tensor))
+        return self._model.path is not None and stored
 
-    def __reduce__(self) -> tuple[type[PlacedKernel], tuple[str, str, bool, str]]:
-        return PlacedKernel, (str(self._path), self._tensor, self._transposed, self.digest)
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        place = self._place()
+        if place is None:
+            return partial, (np.asarray, self())
+        path, offset = place
+        assert self._tensor is not None
+        shape, dtype = tuple(self._tensor.dims), dtype_of(self._tensor).name
+        return PlacedKernel, (str(path), offset, dtype, shape, self._transposed, self.digest)
+
+    def _place(self) -> tuple[Path, int] | None:
+        """File and first byte; None where it is not in one as it is."""
+        if not self.placed or self._tensor is None or self._model.path is None:
+            return None
+        if uses_external_data(self._tensor):
+            return external_place(self._tensor, self._model.folder)
+        path = self._model.path.absolute()
+        try:
+            state = path.stat()
+            return path, raw_places(str(path), state.st_size, state.st_mtime_ns)[self._tensor.name][0]
+        except (OSError, ValueError, KeyError, IndexError):  # the file is another by now
+            return None
 
 
-def model_digest(model: Model) -> str:
-    """Hash of a model and of its external data, which is read tensor by tensor."""
-    external = (tensor for tensor in stored_tensors(model.proto) if uses_external_data(tensor))
-    return fingerprint(serialize(model), [fingerprint(read_external(tensor, model.folder)) for tensor in external])
-
-
+@dataclass(frozen=True)
 class PlacedKernel:
-    """A kernel in the file of a model, as another process named it."""
+    """A kernel in a file, as another process named it."""
 
-    def __init__(self, path: str, tensor: str, transposed: bool, digest: str) -> None:
-        self._place, self.digest = (path, tensor, transposed), digest
+    path: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool
+    digest: str
 
     def __call__(self) -> np.ndarray:
         """Read it.
@@ -71,21 +97,19 @@ class PlacedKernel:
         LowRankError
             Where it is not there, or is another.
         """
-        path, tensor, transposed = self._place
+        dtype = np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype).newbyteorder("<")
         try:
-            state = Path(path).stat()
-            constant = _constants(path, state.st_size, state.st_mtime_ns).find(tensor)
-        except OSError as error:
-            raise LowRankError(f"{path} cannot be read here ({error.strerror})") from error
-        if constant is None:
-            raise LowRankError(f"{path} has no '{tensor}' here")
-        value = constant.read().T if transposed else constant.read()
-        if fingerprint(value) != self.digest:
-            raise LowRankError(f"'{tensor}' in {path} is another here")
-        return value
+            flat = np.fromfile(self.path, dtype, int(np.prod(self.shape)), offset=self.offset)
+            value = flat.reshape(self.shape)
+        except (OSError, ValueError) as error:
+            raise LowRankError(f"{self.path} cannot be read here ({error})") from error
+        kernel = value.T if self.transposed else value
+        if fingerprint(kernel) != self.digest:
+            raise LowRankError(f"{self.path} is another file here")
+        return kernel
 
 
-@lru_cache(maxsize=1)
-def _constants(path: str, size: int, changed: int) -> Constants:
-    """The constants of the model that was asked for last: its layers are asked for one after the other."""
-    return Constants(load(path))
+def model_digest(model: Model) -> str:
+    """Hash of a model and of its external data, which is read tensor by tensor."""
+    external = (tensor for tensor in stored_tensors(model.proto) if uses_external_data(tensor))
+    return fingerprint(serialize(model), [fingerprint(read_external(tensor, model.folder)) for tensor in external])
