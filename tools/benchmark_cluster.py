@@ -27,6 +27,7 @@ os.environ["ONNX_LOWRANK_CACHE"] = ""
 
 import models
 import onnx_lowrank as lr
+from onnx_lowrank import parallel
 from onnx_lowrank.plans import plan_to_dict
 
 ALONE = (
@@ -97,7 +98,9 @@ def main() -> None:
         ways = {"1 process": {"jobs": 1}, "2 processes": {"jobs": 2}, "2 Dask workers": {"cluster": address}}
         options = {"methods": arguments.methods, "budget": {"macs": arguments.budget}, "include": arguments.include}
         try:
-            lr.analyze(models.DIGITS, cluster=address, budget={"macs": 0.5})  # imports are done
+            least, parallel.WORTH_A_PROCESS = parallel.WORTH_A_PROCESS, 0
+            lr.analyze(models.DIGITS, cluster=address, budget={"macs": 0.5})  # the workers have imported what they need
+            parallel.WORTH_A_PROCESS = least
             print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; ceiling {ceiling():.2f}", flush=True)
             times: dict[str, list[float]] = {way: [] for way in ways}
             plans = set()

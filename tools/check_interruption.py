@@ -87,6 +87,7 @@ def main() -> None:
         seconds = time.monotonic() - began
         assert status == 0 and not left(), (status, left())
         whole, work = out.read_bytes(), len(lines(log))
+        began = time.monotonic()
         print(f"undisturbed: {seconds:.1f} s, {work} pieces of work", flush=True)
         kills = through = repeated = most = partial = after = 0
         cache_seen = lines(log)
@@ -107,6 +108,10 @@ def main() -> None:
             repeated, most = repeated + again, max(most, again)
             if os.WIFSIGNALED(status):
                 kills += 1
+                if not kills % 20:
+                    print(
+                        f"{kills} kills after {time.monotonic() - began:.0f} s, {through} runs came through", flush=True
+                    )
                 after += out.exists()
                 partial += out.exists() and out.read_bytes() != whole
             else:

@@ -110,8 +110,12 @@ class Store:
         return value
 
     def put(self, key: str, value: Any) -> None:
-        """Keep `value`, made of what :func:`onnx_lowrank.cache.codec.encode` takes."""
-        parts = list(encode(key, value))
+        """Keep `value`, where it is made of what :func:`onnx_lowrank.cache.codec.encode` takes."""
+        try:
+            parts = list(encode(key, value))
+        except TypeError as error:
+            logger.info("a result is not kept: %s", error)
+            return
         size = sum(map(len, parts))
         if size > self._bound:
             return

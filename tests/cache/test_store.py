@@ -90,6 +90,11 @@ def test_a_result_above_the_bound_is_not_kept(tmp_path: Path) -> None:
     assert (store.get(KEYS[0]), store.get(KEYS[1])) == (1, None)
 
 
+def test_a_result_of_another_kind_is_not_kept_and_no_error(tmp_path: Path) -> None:
+    Store(tmp_path).put(KEYS[0], ("a", [1]))
+    assert files(tmp_path) == []
+
+
 def test_what_a_killed_run_left_goes_and_what_is_being_made_stays(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.put(KEYS[0], 1)
