@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onnx_lowrank.cache import cache_folder
 from onnx_lowrank.calibrate import Batch
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import load_function
+from onnx_lowrank.files import scratch_folder
 from onnx_lowrank.finetune import require_torch
 from onnx_lowrank.graph.check import check_model
 from onnx_lowrank.graph.constants import external_place
@@ -33,7 +35,6 @@ from onnx_lowrank.runtime import RunSettings, Session, give_back_memory, time_pa
 from onnx_lowrank.sensitivity import difference
 from onnx_lowrank.subject import open_config_data, shapes_of
 from onnx_lowrank.targets import Target
-from onnx_lowrank.timings import cache_folder
 from onnx_lowrank.types import LowRankError, Plan
 from onnx_lowrank.verify import (
     Accuracy,
@@ -428,9 +429,9 @@ class Bench:
 @contextmanager
 def open_bench(planner: Planner) -> Iterator[Bench]:
     """A bench with a scratch folder, which goes when the work is done."""
-    with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-        planner.scratch = Path(folder)
-        bench = Bench(planner, planner.scratch)
+    with scratch_folder(Path(tempfile.gettempdir()), "onnx-lowrank-") as folder:
+        planner.scratch = folder
+        bench = Bench(planner, folder)
         yield bench
         if bench.refiner is not None:  # all is done: nothing to go on from
             bench.refiner.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lowrank.config import Config
+from onnx_lowrank.files import scratch_folder
 from onnx_lowrank.graph.fixed import fixed
 from onnx_lowrank.graph.hollow import Hollow
 from onnx_lowrank.graph.save import check_destination
@@ -120,8 +120,8 @@ def _inputs(feeds: Feeds) -> list[dict[str, Any]]:
 def _write(out: Path, files: Mapping[str, bytes]) -> None:
     """The archive, whole or not at all; the same bytes for the same files."""
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-            part = Path(scratch) / out.name
+        with scratch_folder(out.parent, f".{out.name}-") as scratch:
+            part = scratch / out.name
             with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
                 for name, data in files.items():
                     entry = zipfile.ZipInfo(name)

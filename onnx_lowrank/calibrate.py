@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg.blas import dger, ssyrk
 
+from onnx_lowrank.cache import UNKEPT, Kept
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, Segment, cuts, sources
@@ -341,6 +342,7 @@ def collect(
     *,
     seed: int,
     progress: Progress,
+    kept: Kept = UNKEPT,
 ) -> dict[str, LayerStatistics]:
     """Statistics of the inputs of the layers called `names` in the model as it is.
 
@@ -359,9 +361,18 @@ def collect(
         room -= size
     seen: dict[str, LayerStatistics] = {}
     total = len(passes) * len(feeds)
+    kept = kept.under("statistics", feeds, seed)
     for number, part in enumerate(passes):
         done = partial(_report, progress, number * len(feeds), total)
-        seen |= _one_pass(model, found, part, feeds, seed, done)
+        # the samples of a layer depend on which pass it through together
+        together = kept.under(part)
+        known = {name: together.get(name) for name in part}
+        if None in known.values():
+            known = _one_pass(model, found, part, feeds, seed, done)
+            for name, statistics in known.items():
+                together.put(statistics, name)
+        seen |= known
+        done(len(feeds))
     return seen
 
 

@@ -6,11 +6,15 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from onnx_lowrank.cache import fingerprint
+from onnx_lowrank.cache.keys import member_key
 from onnx_lowrank.decompositions import find_decomposition, is_joint, lift
 from onnx_lowrank.decompositions.levels import energy_levels
+from onnx_lowrank.parallel import Task
 from onnx_lowrank.types import (
     DENSE,
     Candidate,
@@ -197,6 +201,11 @@ class InMemory:
     def __call__(self) -> np.ndarray:
         return self.value
 
+    @property
+    def digest(self) -> str:
+        """Hash of the kernel."""
+        return fingerprint(self.value)
+
 
 def loaded(group: Group) -> Group:
     """`group` with its kernel in memory."""
@@ -204,6 +213,28 @@ def loaded(group: Group) -> Group:
         return replace(group, layers=tuple(replace(x, read_weight=InMemory(x.read_weight())) for x in group.layers))
     read = InMemory(group.layers[0].read_weight())
     return Group(tuple(replace(layer, read_weight=read) for layer in group.layers))
+
+
+def group_task(group: Group, *settings: Any, size: int, key: tuple[Any, ...]) -> Task[tuple[Any, ...]]:
+    """The task of a function that takes `group` and `settings`, in a tuple.
+
+    Parameters
+    ----------
+    key
+        What the outcome depends on beside the group.
+    """
+    placed = all(getattr(layer.read_weight, "placed", False) for layer in group.owners)
+    return Task((group, *settings), size, (group, *key), placed)
+
+
+def loaded_task(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a task was given, with the kernels of its group in memory."""
+    return loaded(given[0]), *given[1:]
+
+
+def methods_key(*names: str) -> tuple[Any, ...]:
+    """What decompositions are, for the keys of tasks."""
+    return tuple((name, member_key(find_decomposition(name))) for name in names)
 
 
 Refuses = Callable[[Layer, Chain], "str | None"]

@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +22,10 @@ from rich.text import Text
 
 from onnx_lowrank import pipeline, runtime
 from onnx_lowrank.budgets import BUDGET_SOLVERS
+from onnx_lowrank.cache import LIMIT, open_cache
 from onnx_lowrank.config import DAMAGES, METHODS, PRECISIONS, QUANTIZATIONS, TRAINING, Config, make_config, read_config
 from onnx_lowrank.decompositions import DECOMPOSITIONS
+from onnx_lowrank.files import write_whole
 from onnx_lowrank.graph.save import check_destination
 from onnx_lowrank.plans import plan_to_dict
 from onnx_lowrank.ranks import RANK_ESTIMATORS
@@ -41,7 +45,11 @@ from onnx_lowrank.types import LowRankError
 from onnx_lowrank.verify import METRICS
 
 MET, UNMET, BAD_INPUT = 0, 1, 2
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: all that Ctrl-C stops and cleans up is stopped and cleaned up by it too."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,17 +62,43 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0: everything asked for was met, 1: not met, 2: bad input."""
     errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    arguments = None
     try:
         arguments = _parser().parse_args(argv)
         arguments.line = shlex.join(["onnx-lowrank", *(sys.argv[1:] if argv is None else argv)])
         logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.ERROR, format="%(message)s")
-        return int(arguments.command(arguments))
+        with _terminable():
+            return int(arguments.command(arguments))
     except LowRankError as error:
         errors.print("onnx-lowrank:", str(error), markup=False)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        errors.print("onnx-lowrank: interrupted; nothing was written", markup=False)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        how, code = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
+        errors.print(f"onnx-lowrank: {how}; {_left(arguments)}", markup=False)
+        return code
+
+
+def _left(arguments: argparse.Namespace | None) -> str:
+    """What an interrupt leaves behind."""
+    return "each file is as it was or whole" if hasattr(arguments, "writing") else "nothing was written"
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises an exception, once."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is on its way out
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         "providers", _providers, "the execution providers of this build of ONNX Runtime, and which of them work here"
     )
     _options(sub, "provider")
+
+    sub = command("cache", _cache, "what is kept of earlier runs, so that nothing is done twice")
+    sub.add_argument("--clear", action="store_true", help="remove all of it")
     return parser
 
 
@@ -259,6 +296,10 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             },
         ),
         ("--jobs", {"type": int, "metavar": "N", "help": "processes (default: one for each core)"}),
+        (
+            "--cluster",
+            {"metavar": "ADDRESS", "help": "a Dask scheduler, as tcp://10.0.0.1:8786, in the place of --jobs"},
+        ),
         ("--seed", {"type": int, "metavar": "N", "help": "of every random choice (default: 0)"}),
     ),
     "reports": (("--json", {"metavar": "F", "help": "write the report as JSON"}),),
@@ -331,6 +372,7 @@ def _apply(arguments: argparse.Namespace) -> int:
 
 def _write(arguments: argparse.Namespace, result: pipeline.Result) -> int:
     out = arguments.out if result.met else _unmet(arguments.out)
+    arguments.writing = True
     result.save(out)
     if getattr(arguments, "plan", None):
         _write_json(arguments.plan, plan_to_dict(result.plan))
@@ -387,6 +429,19 @@ def _bundle(arguments: argparse.Namespace) -> int:
     return MET
 
 
+def _cache(arguments: argparse.Namespace) -> int:
+    found = open_cache()
+    if found is None:
+        _print(arguments, [Text("nothing is kept: ONNX_LOWRANK_CACHE is empty")])
+        return MET
+    if arguments.clear:
+        found.clear()
+    sizes = ", ".join(f"{count} {kind} ({size / 1e6:.1f} MB)" for kind, (count, size) in found.sizes().items())
+    _print(arguments, [Text(f"{sizes}; results of layers take at most {found.bound / 1e6:.0f} MB ({LIMIT})")])
+    _print(arguments, [Text(str(found.folder))], wrap=False)
+    return MET
+
+
 def _providers(arguments: argparse.Namespace) -> int:
     lines = [f"{name}: {state}" for name, state in pipeline.providers(config=_config(arguments))]
     checks = [f"--target {target.name}: {target.without}" for target in TARGETS.values() if target.without]
@@ -413,9 +468,7 @@ def _check_files(arguments: argparse.Namespace, config: Config, *files: str | No
 
 
 def _write_json(path: str, data: dict[str, Any]) -> None:
-    part = Path(path).with_name(f".{Path(path).name}.part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    part.replace(path)
+    write_whole(Path(path), [(json.dumps(data, indent=1) + "\n").encode()])
 
 
 def _print(arguments: argparse.Namespace, parts: Iterable[Any], *, wrap: bool = True) -> None:

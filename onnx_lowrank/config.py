@@ -127,6 +127,8 @@ class Config:
         too: slower there, and no other kernel changes.
     jobs
         Processes; 0 takes one for each core.
+    cluster
+        Address of a Dask scheduler, whose workers do the work on layers instead.
     seed
         Of every random choice.
     """
@@ -171,6 +173,7 @@ class Config:
     input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     exact: bool = False
     jobs: int = 0
+    cluster: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -212,6 +215,9 @@ class Config:
             _expect(
                 getattr(self, name) >= least, f"{name} {getattr(self, name)}", f"a whole number of at least {least}"
             )
+        alone = self.cluster is None or not self.jobs
+        _expect(alone, f"jobs {self.jobs} and cluster {self.cluster}", "one of them")
+        _expect("://" in (self.cluster or "://"), f"cluster '{self.cluster}'", "an address such as tcp://10.0.0.1:8786")
         _expect(self.accelerated or not self.provider_option, "provider_option and no provider", "provider NAME")
         _expect(self.align is None or self.align >= 1, f"align {self.align}", "a whole number of at least 1")
 
@@ -355,7 +361,7 @@ def _shapes(name: str, value: Any) -> dict[str, tuple[int, ...]]:
 
 READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preprocess", "metric", "objective", "recipe", "solver", "damage", "rank", "provider"), _text),
-    **dict.fromkeys(("finetune", "device", "precision", "loss", "quantize", "target"), _text),
+    **dict.fromkeys(("finetune", "device", "precision", "loss", "quantize", "target", "cluster"), _text),
     **dict.fromkeys(("methods", "include", "exclude", "augment", "trained"), _texts),
     **dict.fromkeys(("threads", "batch_size", "jobs", "seed", "align", "epochs", "train_batch"), _whole),
     "budget": _budgets,
@@ -423,6 +429,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     for key, value in options.items():
         if key in ("calibrate", "evaluate", "train", "metric", "loss") and ".py:" in str(value):
             raise LowRankError(f"{path}: {key} = '{value}' would execute a file: give it on the command line instead")
-    if "provider_library" in options:
-        raise LowRankError(f"{path}: provider_library would execute a file: give it on the command line instead")
+    for key, what in (("provider_library", "a file"), ("cluster", "what comes from there")):
+        if key in options:
+            raise LowRankError(f"{path}: {key} would execute {what}: give it on the command line instead")
     return options

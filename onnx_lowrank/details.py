@@ -8,11 +8,11 @@ from functools import partial
 
 import numpy as np
 
-from onnx_lowrank.candidates import Group, Refuses, group_candidates, loaded
+from onnx_lowrank.candidates import Group, Refuses, group_candidates, loaded_task
 from onnx_lowrank.decompositions import find_decomposition, is_joint
 from onnx_lowrank.decompositions.matrix import MatrixDecomposition
 from onnx_lowrank.linalg import unfold
-from onnx_lowrank.parallel import run_all
+from onnx_lowrank.parallel import Task, run_all
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.ranks import evbmf
 from onnx_lowrank.rewrite import LayerReport
@@ -140,9 +140,9 @@ def layer_details(
     with planner.stage("report"):
         seen = run_all(
             partial(_seen, methods=methods, block=planner.block, refuses=planner.target.refuses),
-            [partial(_task, group, choices.get(group.names[0])) for group in groups],
-            [group.dense.cost.params for group in groups],
-            jobs=planner.config.workers,
+            [Task((group, choices.get(group.names[0])), group.dense.cost.params) for group in groups],
+            loaded_task,
+            work=planner.work,
             progress=planner.progress,
             stage="report",
         )
@@ -181,10 +181,6 @@ def _error_kind(planner: Planner) -> str:
 
 
 _Task = tuple[Group, "Candidate | None"]
-
-
-def _task(group: Group, choice: Candidate | None) -> _Task:
-    return loaded(group), choice
 
 
 def _seen(

@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from onnx_lowrank.cache import cache_folder
 from onnx_lowrank.config import Config
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.save import save
@@ -23,7 +24,7 @@ from onnx_lowrank.runtime import (
     typical,
 )
 from onnx_lowrank.subject import Subject
-from onnx_lowrank.timings import Timings, cache_folder
+from onnx_lowrank.timings import Timings
 from onnx_lowrank.types import LowRankError, Progress
 from onnx_lowrank.verify import Feeds, Latency, check_latency
 from onnx_lowrank.whole_times import WholeTimes

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from onnx_lowrank.cache import cache_folder
 from onnx_lowrank.candidates import Group, price, spread
 from onnx_lowrank.config import Config
 from onnx_lowrank.graph.model import Model
@@ -46,7 +47,7 @@ from onnx_lowrank.runtime import (
     version,
 )
 from onnx_lowrank.subject import Subject
-from onnx_lowrank.timings import Place, Timings, cache_folder
+from onnx_lowrank.timings import Place, Timings
 from onnx_lowrank.types import Candidate, Cost, Plan, Progress, Rank
 from onnx_lowrank.verify import Feeds
 

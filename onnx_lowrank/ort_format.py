@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from onnx_lowrank.files import scratch_folder
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.save import check_destination, save
 from onnx_lowrank.runtime import Feeds, Session, convert_to_ort
@@ -33,8 +33,8 @@ def save_ort(model: Model, path: Path, feeds: Feeds, *, compiled: bool) -> None:
     """
     check_destination(path, model.path)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-            source, made = Path(scratch) / "model.onnx", Path(scratch) / f"made{SUFFIX}"
+        with scratch_folder(path.parent, f".{path.name}-") as scratch:
+            source, made = scratch / "model.onnx", scratch / f"made{SUFFIX}"
             save(model, source)
             convert_to_ort(source, made, compiled=compiled)
             _compare(Session(source).run(feeds), Session(made).run(feeds), path)

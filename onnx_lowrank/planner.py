@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,18 +12,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from onnx_lowrank.budgets import BUDGET_SOLVERS, find_solver
 from onnx_lowrank.budgets.enc import TOP, combined
 from onnx_lowrank.budgets.knapsack import OutOfReach, cheapest
+from onnx_lowrank.cache import UNKEPT, Kept, environment, open_store
+from onnx_lowrank.cache.keys import source_key
 from onnx_lowrank.calibrate import Batch, collect, count, held_apart, patch_length, together
 from onnx_lowrank.candidates import (
     Group,
-    Refuses,
     estimated_candidate,
     group_candidates,
-    loaded,
+    group_task,
+    loaded_task,
+    methods_key,
     pareto,
 )
 from onnx_lowrank.config import MEASURED, METHODS, Config
@@ -30,14 +34,15 @@ from onnx_lowrank.decompositions import find_decomposition, is_joint
 from onnx_lowrank.engines import OnMNN
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
 from onnx_lowrank.graph.datafile import is_large
+from onnx_lowrank.graph.kernels import model_digest
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.sections import alike
-from onnx_lowrank.parallel import run_all
+from onnx_lowrank.parallel import Task, Work, run_all
 from onnx_lowrank.placement import Placement
 from onnx_lowrank.randomized import exactly
-from onnx_lowrank.ranks import parse_estimator
+from onnx_lowrank.ranks import RANK_ESTIMATORS, parse_estimator
 from onnx_lowrank.rewrite import FactorCache, LayerReport, rewrite
-from onnx_lowrank.runtime import block_size
+from onnx_lowrank.runtime import block_size, processor, version
 from onnx_lowrank.sensitivity import agreeing, interpolated, measured
 from onnx_lowrank.subject import Subject, open_config_data
 from onnx_lowrank.tables import Table, check_target, filled_tables
@@ -85,7 +90,6 @@ CHECKS = 4
 NEAR, AIM = 0.96, 0.985
 """Share of the latency asked for that a plan has to use, and that the next one aims at: below it by what repeats differ."""
 
-Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 
 
@@ -130,6 +134,7 @@ class Planner:
             )
         self.subject, self.config, self.progress = subject, config, progress
         self.policy = policy or Policy()
+        self.work = Work(config.workers, config.cluster, open_store())
         self.seconds: dict[str, float] = {}
         # kernels are kept only for a search, which comes back to them: they may be as large as the model
         searches = config.max_drop is not None or any(budget.metric in MEASURED for budget in config.budget)
@@ -164,15 +169,9 @@ class Planner:
             damage = self.config.damage
             seen = self.statistics if damage in ("output", "weights") else {}
             made = self._for_each_group(
-                partial(
-                    _candidates_of,
-                    block=self.block,
-                    refuses=self.target.refuses,
-                    most=EVERY_RANK if self.policy.every_rank else None,
-                    levels=damage in ("energy", "accuracy", "combined"),
-                ),
+                _candidates_of,
                 [
-                    partial(_task, group, self._methods(index, group), _of_group(group, seen))
+                    self._candidates_task(group, self._methods(index, group), _of_group(group, seen))
                     for index, group in enumerate((*self.subject.groups, *self.joint))
                 ],
             )
@@ -236,9 +235,20 @@ class Planner:
                 candidates,
                 feeds=self.apart(),
                 seed=self.config.seed,
-                jobs=self.config.workers,
+                work=self.work,
+                kept=self.kept,
                 progress=self.progress,
             )
+
+    @cached_property
+    def kept(self) -> Kept:
+        """Results kept of runs of this model on this machine."""
+        runs = version(), processor(), os.cpu_count(), self.config.exact
+        return (
+            Kept(self.work.store).under(environment(), runs, model_digest(self.subject.model))
+            if self.work.store
+            else UNKEPT
+        )
 
     @cached_property
     def engine(self) -> OnMNN | None:
@@ -272,6 +282,7 @@ class Planner:
                 [name for group in self.subject.groups for name in group.names],
                 held_apart(feeds)[0],
                 seed=self.config.seed,
+                kept=self.kept,
                 progress=self.progress,
             )
         for names in self._tied:
@@ -283,19 +294,28 @@ class Planner:
         """Names of the layers of each group that reads one kernel several times."""
         return [group.names for group in self.subject.groups if len(group.layers) > 1]
 
+    def _candidates_task(
+        self, group: Group, methods: tuple[str, ...], seen: list[LayerStatistics] | None
+    ) -> Task[tuple[Any, ...]]:
+        most = EVERY_RANK if self.policy.every_rank else None
+        levels = self.config.damage in ("energy", "accuracy", "combined")
+        return group_task(
+            group,
+            *(methods, seen, self.block, most, levels, self.target.refuses),
+            size=group.dense.cost.params,
+            key=(methods_key(*methods), seen, self.block, most, levels, self._target_key),
+        )
+
+    @property
+    def _target_key(self) -> tuple[Any, ...]:
+        """All that :meth:`Target.refuses` goes by."""
+        return self.target.name, self.target.spatial
+
     def _for_each_group(
-        self, function: Callable[[Task], Outcome], tasks: Sequence[Callable[[], Task]]
+        self, function: Callable[[tuple[Any, ...]], Outcome], tasks: Sequence[Task[tuple[Any, ...]]]
     ) -> list[Outcome]:
-        groups = (*self.subject.groups, *self.joint)[: len(tasks)]
         with self.stage("analyze"):
-            return run_all(
-                function,
-                tasks,
-                [group.dense.cost.params for group in groups],
-                jobs=self.config.workers,
-                progress=self.progress,
-                stage="analyze",
-            )
+            return run_all(function, tasks, loaded_task, work=self.work, progress=self.progress, stage="analyze")
 
     def calibration(self) -> list[Batch] | None:
         """Samples for fitting, batch by batch; None where the user gave none."""
@@ -488,17 +508,21 @@ class Planner:
 
     def estimated(self) -> Plan:
         """The plan that a rank estimator makes, in the place of an allocation."""
-        estimator = parse_estimator(self.config.rank or "vbmf")
+        text = self.config.rank or "vbmf"
+        estimator = parse_estimator(text)
         alone = tuple(name for name in self.config.methods if not is_joint(name))
+        known = text, source_key(RANK_ESTIMATORS[text.partition("=")[0].strip()])
         made = self._for_each_group(
-            partial(
-                estimated_candidate,
-                methods=alone,
-                estimator=estimator,
-                block=self.block,
-                refuses=self.target.refuses,
-            ),
-            [partial(loaded, group) for group in self.subject.groups],
+            _estimated_of,
+            [
+                group_task(
+                    group,
+                    *(alone, estimator, self.block, self.target.refuses),
+                    size=group.dense.cost.params,
+                    key=(methods_key(*alone), known, self.block, self._target_key),
+                )
+                for group in self.subject.groups
+            ],
         )
         self._refused = tuple(item for item in made if isinstance(item, Skip))
         groups = self.subject.groups
@@ -535,7 +559,8 @@ class Planner:
                     subject.groups,
                     plan,
                     seed=self.config.seed,
-                    jobs=self.config.workers,
+                    work=self.work,
+                    kept=self.kept if fit else UNKEPT,
                     progress=self.progress,
                     cache=self._cache,
                     feeds=self._fitting() if fit else None,
@@ -622,15 +647,10 @@ def _of_group(group: Group, seen: Mapping[str, LayerStatistics]) -> list[LayerSt
     return [seen[name] for name in names] if all(name in seen for name in names) else None
 
 
-_Task = tuple[Group, tuple[str, ...], "Sequence[LayerStatistics] | None"]
-
-
-def _task(group: Group, methods: tuple[str, ...], seen: Sequence[LayerStatistics] | None) -> _Task:
-    return loaded(group), methods, seen
-
-
-def _candidates_of(
-    task: _Task, block: int, refuses: Refuses, most: int | None, levels: bool
-) -> tuple[tuple[Candidate, ...], Skip | None]:
-    group, methods, seen = task
+def _candidates_of(given: tuple[Any, ...]) -> tuple[tuple[Candidate, ...], Skip | None]:
+    group, methods, seen, block, most, levels, refuses = given
     return group_candidates(group, methods, block, seen, most=most, levels=levels, refuses=refuses)
+
+
+def _estimated_of(given: tuple[Any, ...]) -> Candidate | Skip:
+    return estimated_candidate(*given)

@@ -70,9 +70,14 @@ def exactly(wanted: bool = True) -> Iterator[None]:
         _exact.reset(token)
 
 
+def exact_wanted() -> bool:
+    """Whether this is inside of :func:`exactly`."""
+    return _exact.get()
+
+
 def is_large(matrix: np.ndarray) -> bool:
     """Whether a matrix (m, n) is worked on in single precision, which it is stored in at most."""
-    return not _exact.get() and min(matrix.shape) >= LARGE_SIDE and matrix.dtype.itemsize <= 4
+    return not exact_wanted() and min(matrix.shape) >= LARGE_SIDE and matrix.dtype.itemsize <= 4
 
 
 def spectrum(matrix: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ from dataclasses import replace
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from onnx_lowrank.cache import UNKEPT, Kept
+from onnx_lowrank.cache.keys import member_key
 from onnx_lowrank.calibrate import (
     HELD_OUT,
     Activations,
@@ -61,6 +63,7 @@ def refit(
     statistics: Mapping[str, LayerStatistics] | None = None,
     seed: int,
     progress: Progress,
+    kept: Kept = UNKEPT,
 ) -> dict[tuple[str, ...], Factorization]:
     """Kernels and biases for `choices`, fitted in sequence.
 
@@ -74,6 +77,8 @@ def refit(
         Samples, batch by batch.
     statistics
         What layers see in the original, for those that are decomposed together or share a kernel.
+    kept
+        Fits of earlier runs on this model and machine: each is taken where all before it were the same.
 
     Returns
     -------
@@ -85,27 +90,23 @@ def refit(
     biases: dict[str, np.ndarray | None] = {}
     original = Activations([dict(batch) for batch in feeds])
     compressed = original.copy()
+    kept = kept.under("refit", list(by_layer), feeds, statistics or {}, seed)
     progress("refit", 0, len(by_layer))
     for number, cut in enumerate(cuts(model, found, list(by_layer)), 1):
         if cut.before:
             run_segment(cut.before, original, compressed)
         run_segment(cut.alone, original)
         choice = by_layer[cut.layer.name]
-        rng = np.random.default_rng([seed, number])
-        seen = _Seen(model, cut, choice, original, compressed, rng)
-        together = is_joint(choice.decomposition) and len(choice.layers) > 1
-        if choice.layers not in made and (together or not _fits(choice, cut)):
-            made[choice.layers] = _plain(choice, cut, found, statistics or {}, rng).stored(cut.layer.dtype)
-        if together and has_moment(cut.layer.spec):  # what is shared is fixed by now: the layer's own is fitted
-            index = choice.layers.index(cut.layer.name)
-            new, shift = _fitted(seen, rng, made[choice.layers].of(index))
-            kernels = list(made[choice.layers].kernels)
-            kernels[index] = new.kernels[0]
-            made[choice.layers] = replace(made[choice.layers], kernels=tuple(kernels))
-        elif choice.layers in made:
-            shift = seen.run(made[choice.layers], seen.targets())
+        member = member_key(find_decomposition(choice.decomposition))
+        kept = kept.under(choice.layers, choice.rank, choice.chains, member)
+        if (known := kept.get()) is not None:
+            made[choice.layers], shift = known
+            _put(model, cut, choice, made[choice.layers], compressed, shift)
         else:
-            made[choice.layers], shift = _fitted(seen, rng)
+            rng = np.random.default_rng([seed, number])
+            seen = _Seen(model, cut, choice, original, compressed, rng)
+            made[choice.layers], shift = _layer(seen, made.get(choice.layers), found, statistics or {}, rng)
+            kept.put((made[choice.layers], shift))
         biases[cut.layer.name] = None if cut.bias is None else cut.bias + shift
         for each in (original, compressed):
             each.keep(cut.alive)
@@ -114,6 +115,45 @@ def refit(
         layers: replace(factorization, biases=tuple(biases[name] for name in layers))
         for layers, factorization in made.items()
     }
+
+
+def _layer(
+    seen: _Seen,
+    before: Factorization | None,
+    found: Found,
+    statistics: Mapping[str, LayerStatistics],
+    rng: np.random.Generator,
+) -> tuple[Factorization, np.ndarray]:
+    """One layer's fit and the shift of its bias, from what was made `before` for layers that it shares kernels with."""
+    choice, cut = seen.choice, seen.cut
+    together = is_joint(choice.decomposition) and len(choice.layers) > 1
+    if before is None and (together or not _fits(choice, cut)):
+        before = _plain(choice, cut, found, statistics, rng).stored(cut.layer.dtype)
+    if before is None:
+        return _fitted(seen, rng)
+    if not (together and has_moment(cut.layer.spec)):
+        return before, seen.run(before, seen.targets())
+    # what is shared is fixed by now: the layer's own is fitted
+    index = choice.layers.index(cut.layer.name)
+    new, shift = _fitted(seen, rng, before.of(index))
+    kernels = list(before.kernels)
+    kernels[index] = new.kernels[0]
+    return replace(before, kernels=tuple(kernels)), shift
+
+
+def _put(
+    model: Model,
+    cut: Cut,
+    choice: Candidate,
+    made: Factorization,
+    compressed: Activations,
+    shift: np.ndarray | None = None,
+) -> None:
+    """Run a layer's chain on the compressed network, and shift its output where it has a bias."""
+    index = choice.layers.index(cut.layer.name)
+    run_segment(island_of(model, cut, choice.chains[index], made.of(index)), compressed)
+    if shift is not None and cut.bias is not None:
+        compressed.shift(cut, shift)
 
 
 def _fits(choice: Candidate, cut: Cut) -> bool:
@@ -248,11 +288,7 @@ class _Seen:
 
     def put(self, made: Factorization, shift: np.ndarray | None = None) -> None:
         """Run the chain on the compressed network as it is, with its output shifted."""
-        index = self.choice.layers.index(self.cut.layer.name)
-        island = island_of(self._model, self.cut, self.chain, made.of(index))
-        run_segment(island, self._compressed)
-        if shift is not None:
-            self._compressed.shift(self.cut, shift)
+        _put(self._model, self.cut, self.choice, made, self._compressed, shift)
 
     def error(self) -> float:
         """Mean squared difference in what goes on after the layer, on the samples held out."""

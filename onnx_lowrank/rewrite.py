@@ -6,19 +6,19 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from onnx_lowrank.candidates import Group, chain_macs, group_of, loaded, show_rank
+from onnx_lowrank.cache import UNKEPT, Kept
+from onnx_lowrank.candidates import Group, chain_macs, group_of, group_task, loaded_task, methods_key, show_rank
 from onnx_lowrank.correction import corrected_biases
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.splice import Replacement, splice
-from onnx_lowrank.parallel import run_all
+from onnx_lowrank.parallel import Work, run_all
 from onnx_lowrank.refit import refit
 from onnx_lowrank.types import Candidate, Chain, Factorization, Layer, LayerStatistics, LowRankError, Plan, Progress
 
@@ -123,7 +123,8 @@ def rewrite(
     plan: Plan,
     *,
     seed: int,
-    jobs: int,
+    work: Work,
+    kept: Kept = UNKEPT,
     progress: Progress,
     cache: FactorCache | None = None,
     feeds: list[dict[str, np.ndarray]] | None = None,
@@ -144,24 +145,25 @@ def rewrite(
         Where a layer cannot be factorised or written; its name, decomposition and rank are in the message.
     """
     by_layer = {name: group for group in groups for name in group.names}
-    work = [(group_of(c.layers, by_layer), c) for c in plan.choices if not c.dense]
-    choices = [choice for _, choice in work]
+    chosen = [(group_of(c.layers, by_layer), c) for c in plan.choices if not c.dense]
+    choices = [choice for _, choice in chosen]
     biases: dict[str, np.ndarray] = {}
     made: Mapping[Candidate, Factorization]
     own = cache is None
     cache = FactorCache(folder) if cache is None else cache
     if feeds:  # each fit depends on those before it: nothing can be kept from another plan
-        fitted = refit(model, found, choices, feeds, statistics=statistics or {}, seed=seed, progress=progress)
+        seen = statistics or {}
+        fitted = refit(model, found, choices, feeds, statistics=seen, seed=seed, kept=kept, progress=progress)
         made = {choice: fitted[choice.layers] for choice in choices}
     else:
-        _by_weights(work, cache, seed, jobs, progress)
+        _by_weights(chosen, cache, seed, work, progress)
         made = _FromCache(cache, choices)
         if correct:
             biases = corrected_biases(model, found, made)
     reports: list[tuple[Group, Layer, Chain, Candidate, Factorization, bool]] = []
 
     def replacements() -> Iterator[Replacement]:
-        for group, choice in work:
+        for group, choice in chosen:
             factorization = made[choice]
             done = replace(factorization, kernels=(), biases=())
             for index, (layer, chain) in enumerate(zip(group.layers, choice.chains, strict=True)):
@@ -213,27 +215,32 @@ def _stored_by(choice: Candidate, chain: Chain, *, first: bool) -> int:
 
 
 def _by_weights(
-    work: Sequence[tuple[Group, Candidate]], cache: FactorCache, seed: int, jobs: int, progress: Progress
+    chosen: Sequence[tuple[Group, Candidate]], cache: FactorCache, seed: int, work: Work, progress: Progress
 ) -> None:
     """See that every choice is in the cache, factorised by the weights alone."""
-    todo = [(group, choice) for group, choice in work if choice not in cache]
+    todo = [(group, choice) for group, choice in chosen if choice not in cache]
+    tasks = [
+        group_task(
+            group,
+            *(choice, seed),
+            size=group.layers[0].spec.params,
+            key=(methods_key(choice.decomposition), choice.rank, seed),
+        )
+        for group, choice in todo
+    ]
     run_all(
         _factorize,
-        [partial(_task, group, choice, seed) for group, choice in todo],
-        [group.layers[0].spec.params for group, _ in todo],
-        jobs=jobs,
+        tasks,
+        loaded_task,
+        work=work,
         progress=progress,
         stage="factorize",
         keep=lambda index, made: cache.put(todo[index][1], made),
     )
 
 
-def _task(group: Group, choice: Candidate, seed: int) -> tuple[Group, Candidate, int]:
-    return loaded(group), choice, seed
-
-
-def _factorize(task: tuple[Group, Candidate, int]) -> Factorization:
-    group, choice, seed = task
+def _factorize(given: tuple[Any, ...]) -> Factorization:
+    group, choice, seed = given
     layer = group.layers[0]
     # a stream of its own for each layer: the result does not depend on the order or on what else is decomposed
     rng = np.random.default_rng([seed, zlib.crc32(layer.name.encode())])

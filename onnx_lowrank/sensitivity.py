@@ -11,19 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from onnx_lowrank.cache import UNKEPT, Kept
 from onnx_lowrank.calibrate import Activations, Loaded, count, run_segment
-from onnx_lowrank.candidates import Group, loaded, pareto, spread
+from onnx_lowrank.candidates import Group, group_task, loaded_task, methods_key, pareto, spread
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.levels import NONE
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, cuts, island_of, last_segment
-from onnx_lowrank.parallel import run_all
+from onnx_lowrank.parallel import Work, run_all
 from onnx_lowrank.types import Candidate, Factorization, LayerStatistics, Progress
 from onnx_lowrank.verify import METRICS
 
@@ -55,8 +57,9 @@ def measured(
     statistics: dict[str, LayerStatistics],
     feeds: list[dict[str, np.ndarray]],
     seed: int,
-    jobs: int,
+    work: Work,
     progress: Progress,
+    kept: Kept = UNKEPT,
 ) -> list[tuple[Candidate, ...]]:
     """`candidates` with, in the place of errors of their layers, what these do to the model's outputs.
 
@@ -65,13 +68,16 @@ def measured(
     probes = [probe for group in candidates for probe in _probes(group)]
     if not probes:
         return [tuple(group) for group in candidates]
-    made = _drafts(groups, probes, statistics, seed, jobs, progress)
+    made = _drafts(groups, probes, statistics, seed, work, progress)
     names = sorted({name for probe in probes for name in probe.layers})
     few = _few(feeds, len(probes), ACTIVATIONS_BYTES // _held_bytes(found, names))
-    bench = _Bench(model, found, names, few)
+    bench = cache(partial(_Bench, model, found, names, few))
+    kept = kept.under("damage", names, few)
     damages: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for number, (probe, factorization) in enumerate(zip(probes, made, strict=True), 1):
-        damages.setdefault(probe.layers, []).append((probe.error, bench.damage(probe, factorization)))
+        look = partial(_looked_at, bench, _Bench.damage, probe, factorization)
+        damage = kept.result(look, probe.layers, probe.chains, factorization)
+        damages.setdefault(probe.layers, []).append((probe.error, damage))
         progress("sensitivity", number, len(probes))
     return [
         tuple(replace(c, error=interpolated(damages[c.layers], c.error)) if not c.dense else c for c in group)
@@ -91,8 +97,9 @@ def agreeing(
     *,
     feeds: list[dict[str, np.ndarray]],
     seed: int,
-    jobs: int,
+    work: Work,
     progress: Progress,
+    kept: Kept = UNKEPT,
 ) -> list[tuple[Candidate, ...]]:
     """`candidates` with -log of the accuracy that is left when their layer alone is decomposed.
 
@@ -115,18 +122,21 @@ def agreeing(
             probes += [by_rank[rank] for rank in spread(list(by_rank), ACCURACY_RANKS)]
     if not probes:
         return [tuple(group) for group in candidates]
-    made = _drafts(groups, probes, {}, seed, jobs, progress)
+    made = _drafts(groups, probes, {}, seed, work, progress)
     names = sorted({name for probe in probes for name in probe.layers})
     # all samples, as many at a time as fit: what few of them do not show would count as free of charge
     parts = list(_portions(feeds, ACTIVATIONS_BYTES // _held_bytes(found, names)))
-    kept = np.zeros(len(probes))
+    left = np.zeros(len(probes))
     for turn, part in enumerate(parts):
-        bench = _Bench(model, found, names, part)
+        bench = cache(partial(_Bench, model, found, names, part))
+        agreement = kept.under("agreement", names, part)
         for number, (probe, factorization) in enumerate(zip(probes, made, strict=True)):
-            kept[number] += count(part) / count(feeds) * bench.agreement(probe, factorization)
+            look = partial(_looked_at, bench, _Bench.agreement, probe, factorization)
+            share = agreement.result(look, probe.layers, probe.chains, factorization)
+            left[number] += count(part) / count(feeds) * share
             progress("sensitivity", turn * len(probes) + number + 1, len(parts) * len(probes))
     points: dict[tuple[tuple[str, ...], str], dict[float, float]] = {}
-    for probe, share in zip(probes, kept, strict=True):
+    for probe, share in zip(probes, left, strict=True):
         measured_at = points.setdefault((probe.layers, probe.decomposition), {1.0: 1.0})
         measured_at.setdefault(math.exp(-probe.error), float(share))
     curves = {key: _curve(at) for key, at in points.items()}
@@ -191,36 +201,26 @@ def interpolated(points: Sequence[tuple[float, float]], error: float) -> float:
     return float(np.exp(np.interp(at, x, y)))
 
 
-_Task = tuple[Group, Candidate, "LayerStatistics | None"]
-
-
-def _task(group: Group, probe: Candidate, seen: LayerStatistics | None) -> _Task:
-    return loaded(group), probe, seen
-
-
 def _drafts(
     groups: Sequence[Group],
     probes: Sequence[Candidate],
     statistics: Mapping[str, LayerStatistics],
     seed: int,
-    jobs: int,
+    work: Work,
     progress: Progress,
 ) -> list[Factorization]:
     """Every probe factorised, quickly."""
     owners = {name: group for group in groups for name in group.names}
-    firsts = [probe.layers[0] for probe in probes]
-    return run_all(
-        partial(_draft, seed=seed),
-        [partial(_task, owners[name], probe, statistics.get(name)) for name, probe in zip(firsts, probes, strict=True)],
-        [owners[name].layers[0].spec.params for name in firsts],
-        jobs=jobs,
-        progress=progress,
-        stage="analyze",
-    )
+    tasks = []
+    for probe in probes:
+        group, seen = owners[probe.layers[0]], statistics.get(probe.layers[0])
+        key = methods_key(probe.decomposition), probe.rank, seen, seed
+        tasks.append(group_task(group, probe, seen, seed, size=group.layers[0].spec.params, key=key))
+    return run_all(_draft, tasks, loaded_task, work=work, progress=progress, stage="analyze")
 
 
-def _draft(task: _Task, seed: int) -> Factorization:
-    group, probe, seen = task
+def _draft(given: tuple[Any, ...]) -> Factorization:
+    group, probe, seen, seed = given
     layer = group.layers[0]
     return lift.factorize(
         find_decomposition(probe.decomposition),
@@ -320,6 +320,16 @@ class _Bench:
     def _results(self, activations: Activations) -> list[list[np.ndarray]]:
         """The outputs, batch by batch."""
         return [[batch[name] for name in self._outputs] for batch in activations.batches]
+
+
+def _looked_at(
+    bench: Callable[[], _Bench],
+    look: Callable[[_Bench, Candidate, Factorization], float],
+    probe: Candidate,
+    made: Factorization,
+) -> float:
+    """What a bench sees of a probe; it is only made where something is still to be seen."""
+    return look(bench(), probe, made)
 
 
 def _mean_missed(cut: Cut, wanted: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> np.ndarray:

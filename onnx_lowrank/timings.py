@@ -5,27 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnx_lowrank.files import write_whole
 from onnx_lowrank.types import Rank
 
 logger = logging.getLogger(__name__)
-
-FOLDER = "ONNX_LOWRANK_CACHE"
-"""Environment variable that names the folder of the cache; empty for none."""
-
-
-def cache_folder() -> Path | None:
-    """Where measured times are kept: ``$ONNX_LOWRANK_CACHE``, or ``onnx-lowrank`` in the user's cache; None for nowhere."""
-    named = os.environ.get(FOLDER)
-    if named is not None:
-        return Path(named) if named else None
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "onnx-lowrank"
 
 
 @dataclass(frozen=True)
@@ -77,10 +64,8 @@ class Timings:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=self._path.parent, suffix=".part")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"environment": self._environment, "shares": self._shares}, file)
-            os.replace(part, self._path)
+            data = json.dumps({"environment": self._environment, "shares": self._shares})
+            write_whole(self._path, [data.encode()])
         except OSError as error:
             logger.warning("measured times cannot be kept in %s: %s", self._path, error)
 

@@ -444,9 +444,10 @@ class Factorization:
         return self.kernels[index if len(self.kernels) > 1 else 0]
 
     def stored(self, dtype: np.dtype) -> Factorization:
-        """With kernels in the precision that they are written in."""
+        """With kernels in the precision that they are written in, row after row as a file has them."""
         with np.errstate(over="ignore"):
-            return replace(self, kernels=tuple(tuple(k.astype(dtype) for k in kernels) for kernels in self.kernels))
+            rows = tuple(tuple(k.astype(dtype, order="C") for k in kernels) for kernels in self.kernels)
+            return replace(self, kernels=rows)
 
 
 class Decomposition(Protocol):

@@ -19,6 +19,7 @@ from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.graph.find import Found, find_layers
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.shapes import infer, model_inputs, sample_shapes
+from onnx_lowrank.parallel import Work
 from onnx_lowrank.rewrite import LayerReport, rewrite
 from onnx_lowrank.types import Plan, Rank, no_progress
 
@@ -121,7 +122,7 @@ def decompose(
         if lift.refuses(decomposition, specs) or (only is not None and not set(only) & set(group.names)):
             continue
         choices.append(price(group, name, rank(lift.max_rank(decomposition, specs)), 0.0))
-    result, reports = rewrite(loaded, found, groups, Plan(tuple(choices)), seed=0, jobs=1, progress=no_progress)
+    result, reports = rewrite(loaded, found, groups, Plan(tuple(choices)), seed=0, work=Work(), progress=no_progress)
     return Rewritten(result.proto, found, reports)
 
 

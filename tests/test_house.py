@@ -37,6 +37,8 @@ MAY_IMPORT = {
     "onnxruntime": ("runtime/", "quantize/qdq.py"),
     "jinja2": ("report/page.py",),
     "torch": ("finetune/",),
+    "dask": ("cluster.py",),
+    "distributed": ("cluster.py",),
     "MNN": ("runtime/mnn.py",),
     "_tools": ("runtime/mnn.py",),
     "argparse": ("cli.py", "runtime/portable.py"),

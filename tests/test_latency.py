@@ -13,6 +13,7 @@ import models
 import onnx_lowrank as lr
 from onnx_lowrank import latency, planner, runtime
 from onnx_lowrank.budgets.knapsack import OutOfReach
+from onnx_lowrank.cache import FOLDER, cache_folder
 from onnx_lowrank.candidates import spread
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.owners import own_nodes, owners
@@ -23,7 +24,7 @@ from onnx_lowrank.pricing import interpolated
 from onnx_lowrank.runtime import OPTIMIZED, Profile, RunSettings, Session, profile_nodes
 from onnx_lowrank.search import within_budgets
 from onnx_lowrank.subject import open_subject
-from onnx_lowrank.timings import FOLDER, Place, Timings, cache_folder
+from onnx_lowrank.timings import Place, Timings
 from onnx_lowrank.types import Budget, Cost, no_progress
 from tests.helpers import decompose, normal, parse
 

@@ -14,6 +14,7 @@ from onnx_lowrank.candidates import group_candidates, group_layers
 from onnx_lowrank.graph.find import find_layers
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.shapes import infer, model_inputs, sample_shapes
+from onnx_lowrank.parallel import Work
 from onnx_lowrank.sensitivity import _few, agreeing, interpolated, measured
 from onnx_lowrank.types import Candidate, no_progress
 from tests.helpers import normal, parse
@@ -38,7 +39,9 @@ def damages(proto, feeds: list[dict[str, np.ndarray]], methods=("channel_svd",))
     found = find_layers(model, infer(model, sample_shapes(inputs, {})[0]))
     groups = group_layers(found.layers)
     candidates = [group_candidates(group, methods, 1)[0] for group in groups]
-    return measured(model, found, groups, candidates, statistics={}, feeds=feeds, seed=0, jobs=1, progress=no_progress)
+    return measured(
+        model, found, groups, candidates, statistics={}, feeds=feeds, seed=0, work=Work(), progress=no_progress
+    )
 
 
 def test_an_error_counts_for_what_it_does_to_the_output() -> None:
@@ -111,7 +114,7 @@ def test_samples_seen_in_portions_say_the_same(monkeypatch: pytest.MonkeyPatch) 
     feeds = [{"input": pictures[i : i + 40]} for i in range(0, 200, 40)]
 
     def errors() -> list[float]:
-        made = agreeing(model, found, groups, candidates, feeds=feeds, seed=0, jobs=1, progress=no_progress)
+        made = agreeing(model, found, groups, candidates, feeds=feeds, seed=0, work=Work(), progress=no_progress)
         return [candidate.error for group in made for candidate in group]
 
     whole = errors()

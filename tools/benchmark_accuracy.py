@@ -40,6 +40,7 @@ from onnx_lowrank.decompositions.weighted import output_spectrum
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.graph.segments import cuts
 from onnx_lowrank.graph.splice import Replacement, splice
+from onnx_lowrank.parallel import Work
 from onnx_lowrank.planner import Planner
 from onnx_lowrank.ranks import evbmf
 from onnx_lowrank.rewrite import rewrite
@@ -283,7 +284,9 @@ def make(way: str, path: Path, fit: Samples, macs: float) -> Any:
     }
     plan = at_share(planner, groups, picks[way](), macs)
     subject = planner.subject
-    return rewrite(subject.model, subject.found, subject.groups, plan, seed=0, jobs=2, progress=no_progress)[0].proto
+    return rewrite(subject.model, subject.found, subject.groups, plan, seed=0, work=Work(2), progress=no_progress)[
+        0
+    ].proto
 
 
 WAYS = ("svd", "vbmf_tucker", "vbmf_cp", "spatial", "whitened", "enc_map", "ours")

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from onnx_lowrank.graph.constants import Constant, Constants
+from onnx_lowrank.graph.kernels import Kernel
 from onnx_lowrank.graph.model import Model, all_graphs, attributes, fresh_name, readers, subgraphs
 from onnx_lowrank.graph.shapes import Shapes
 from onnx_lowrank.types import ConvSpec, Cost, Layer, LowRankError, Skip
@@ -260,21 +261,27 @@ _BUILDERS = {"Conv": _conv, "ConvTranspose": _conv, "Gemm": _gemm, "MatMul": _ma
 def _mark_shared(
     model: Model, constants: Constants, layers: list[Layer], places: Mapping[str, Place]
 ) -> tuple[Layer, ...]:
-    """Say of each layer whether its stored kernel stays when the layers that read it are decomposed alike."""
+    """Say of each layer where its kernel is, and whether that stays when the layers that read it are decomposed alike."""
     count = readers(model.proto)
     forms: dict[str, set[object]] = {}
     kept: set[str] = set()
+    kernels: dict[str, Kernel] = {}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
     for layer in layers:
         root, place = layer.weight_name, places[layer.name]
         node = model.graph.node[place.position]
         names = constants.chain(node.input[place.weight_input])
+        turned = _reads_in_out(node, place.weight_input)
+        kernels[layer.name] = Kernel(layer.read_weight, model, stored.get(names[0]), turned)
         # layers that read a kernel in the same form become the same chain; read in two forms, it stays
-        forms.setdefault(root, set()).add((*names, _form(layer.spec), _reads_in_out(node, place.weight_input)))
+        forms.setdefault(root, set()).add((*names, _form(layer.spec), turned))
         alike = sum(1 for other in layers if other.weight_name == root)
         if count[names[0]] > alike or any(count[name] > 1 for name in names[1:]):
             kept.add(root)
     kept.update(root for root, seen in forms.items() if len(seen) > 1)
-    return tuple(replace(layer, weight_kept=layer.weight_name in kept) for layer in layers)
+    return tuple(
+        replace(layer, read_weight=kernels[layer.name], weight_kept=layer.weight_name in kept) for layer in layers
+    )
 
 
 def _form(spec: ConvSpec) -> object:

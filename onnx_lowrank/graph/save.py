@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import onnx
 from onnx.external_data_helper import uses_external_data
 
+from onnx_lowrank.files import scratch_folder
 from onnx_lowrank.graph.datafile import DataFile, for_data_file
 from onnx_lowrank.graph.limits import stored_bytes
 from onnx_lowrank.graph.model import MAX_PROTO_BYTES, Model, all_graphs, serialize, stored_tensors
@@ -56,8 +56,8 @@ def save(model: Model, path: str | Path) -> None:
     if external:
         _check_data_file(data, model)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-            part, data_part = Path(scratch) / path.name, Path(scratch) / data.name
+        with scratch_folder(path.parent, f".{path.name}-") as scratch:
+            part, data_part = scratch / path.name, scratch / data.name
             if external:
                 _write(part, serialize(_externalized(model, data_part)))
                 _replace_both(data_part, data, part, path)
