@@ -331,11 +331,8 @@ def alone() -> dict[str, str]:
     return {name: digest(lr.compress(models.DIGITS, jobs=1, **options)) for name, options in ways().items()}
 
 
-@pytest.mark.parametrize("way", ["weights", "calibrated"])
-def test_processes_on_loopback_make_the_same_bytes_as_one_process(
-    way: str, alone: dict[str, str], address: str
-) -> None:
-    assert digest(lr.compress(models.DIGITS, cluster=address, **ways()[way])) == alone[way]
+def test_processes_on_loopback_make_the_same_bytes_as_one_process(alone: dict[str, str], address: str) -> None:
+    assert digest(lr.compress(models.DIGITS, cluster=address, **ways()["calibrated"])) == alone["calibrated"]
 
 
 def test_a_local_cluster_makes_the_same_bytes(alone: dict[str, str]) -> None:

@@ -29,7 +29,7 @@ NETWORK = """g (float[N, 6, 8, 8] x) => (float[N, 10] y) {
   [head] y = Gemm <transB=1> (f, w, v)
 }"""
 
-KILLS = 4
+KILLS = 3
 
 
 @dataclass
@@ -107,10 +107,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[byt
 Undisturbed = dict[str, tuple[bytes, list[str], int]]
 
 
-@pytest.mark.parametrize("options", ["", "--calibrate data.npz"])
 def test_runs_killed_at_random_moments_leave_nothing_partial_and_the_next_goes_on(
-    options: str, place: Place, undisturbed: Undisturbed
+    place: Place, undisturbed: Undisturbed
 ) -> None:
+    options = "--calibrate data.npz"
     result, work, calls = undisturbed[options]
     assert len(set(work)) == len(work) > 4
     rng = np.random.default_rng(5)
@@ -138,22 +138,19 @@ def test_runs_killed_at_random_moments_leave_nothing_partial_and_the_next_goes_o
     assert set(place.work()) == set(work)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize(("name", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+@pytest.mark.parametrize(
+    ("name", "code", "word", "jobs"), [("SIGINT", 130, "interrupted", 2), ("SIGTERM", 143, "terminated", 1)]
+)
 def test_a_stopped_run_says_so_and_leaves_the_old_file(
     name: str, code: int, word: str, jobs: int, place: Place, undisturbed: Undisturbed
 ) -> None:
     calls = undisturbed[""][2]
     place.out.write_bytes(b"the old file")
-    for moment in (calls // 50, calls // 15):
-        done = place.start(name, moment, "--jobs", str(jobs), options="")
-        assert (done.returncode, done.stdout) == (code, "")
-        assert done.stderr == f"onnx-lowrank: {word}; nothing was written\n"
-        assert place.out.read_bytes() == b"the old file"
-        assert place.left() == []
-    done = place.start(name, 0)
-    assert done.returncode == 0
-    assert place.out.read_bytes() == undisturbed[""][0]
+    done = place.start(name, calls // 15, "--jobs", str(jobs), options="")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == f"onnx-lowrank: {word}; nothing was written\n"
+    assert place.out.read_bytes() == b"the old file"
+    assert place.left() == []
 
 
 def test_processes_end_with_the_one_that_started_them(place: Place, undisturbed: Undisturbed) -> None:
@@ -166,16 +163,15 @@ def test_processes_end_with_the_one_that_started_them(place: Place, undisturbed:
 
 
 def test_what_was_done_is_not_done_again_and_makes_the_same_bytes(place: Place, undisturbed: Undisturbed) -> None:
-    for options, (result, work, calls) in undisturbed.items():
-        for expected in (work, []):
-            place.log.unlink(missing_ok=True)
-            done = place.start("SIGKILL", 0, options=options)
-            assert done.returncode == 0, done.stderr
-            assert place.out.read_bytes() == result
-            if not expected:
-                assert place.work() == []
-                assert int(place.lines()[-1].split()[1]) < calls
-        place.out.unlink()
+    options = "--calibrate data.npz"
+    result, work, calls = undisturbed[options]
+    for expected in (work, []):
+        place.log.unlink(missing_ok=True)
+        done = place.start("SIGKILL", 0, options=options)
+        assert done.returncode == 0, done.stderr
+        assert place.out.read_bytes() == result
+        assert sorted(place.work()) == sorted(expected)
+    assert int(place.lines()[-1].split()[1]) < calls
 
 
 def test_a_damaged_cache_is_made_again(place: Place, undisturbed: Undisturbed) -> None:
@@ -197,9 +193,9 @@ def test_runs_at_a_time_share_the_cache(place: Place, undisturbed: Undisturbed) 
         subprocess.Popen(
             [*command, f"out/{n}.onnx", *options], cwd=place.folder, env=environment, stdout=subprocess.DEVNULL
         )
-        for n in range(3)
+        for n in range(2)
     ]
-    assert [run.wait(300) for run in runs] == [0, 0, 0]
+    assert [run.wait(300) for run in runs] == [0, 0]
     assert {path.read_bytes() for path in (place.folder / "out").iterdir()} == {undisturbed[""][0]}
     place.log.unlink()
     assert place.start("SIGKILL", 0).returncode == 0

@@ -455,8 +455,11 @@ return least;
 
 
 @needs_chromium
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("shown", "width", "dark"),
+    [(5, 1280, False), (5, 1280, True), (5, 390, False), (5, 390, True), (150, 1280, False), (150, 390, True)],
+    indirect=["shown"],
+)
 def test_a_browser_shows_the_page_whole_and_without_a_complaint(
     browser: Browser, shown: Path, width: int, dark: bool
 ) -> None:
