@@ -22,7 +22,7 @@ SHOWN = ("text", "toml", "json")
 MARKS = ("needs", "may miss", "prints", "not run")
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MARK = re.compile(r"<!-- ([a-z ]+?)(?:: ([^\n]*))? -->\n\Z")
+MARK = re.compile(r"<!--\s*([^:\n]*?)\s*(?::\s*([^\n]*?)\s*)?-->\n\Z")
 
 
 @dataclass(frozen=True)

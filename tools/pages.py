@@ -81,7 +81,14 @@ def commands() -> str:
 
 def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     places = [action.metavar for action in parser._actions if not action.option_strings]
-    yield from (f"## {name}", "", f"`onnx-lowrank {' '.join([name, *map(str, places)])}`", "", f"{parser.description}", "")
+    yield from (
+        f"## {name}",
+        "",
+        f"`onnx-lowrank {' '.join([name, *map(str, places)])}`",
+        "",
+        f"{parser.description}",
+        "",
+    )
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.option_strings]
         if not actions:
@@ -120,7 +127,9 @@ def _parameters(kind: Any) -> dict[str, str]:
     found = {}
     text = re.sub(r"^    ", "", kind.__doc__ or "", flags=re.MULTILINE)
     section = re.search(r"^Parameters\n-+\n(.*?)(?=^\w[^\n]*\n---|\Z)", text, re.MULTILINE | re.DOTALL)
-    for names, meaning in re.findall(r"^(\w[\w, ]*)\n((?:    [^\n]*\n|\s*\n)+)", section[1] if section else "", re.MULTILINE):
+    for names, meaning in re.findall(
+        r"^(\w[\w, ]*)\n((?:    [^\n]*\n|\s*\n)+)", section[1] if section else "", re.MULTILINE
+    ):
         found |= dict.fromkeys(names.split(", "), " ".join(meaning.split()))
     return found
 
@@ -131,11 +140,14 @@ def fields_of(kind: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     for item in dataclasses.fields(kind):
         hint = hints[item.name]
         inner = next((part for part in _parts(hint) if dataclasses.is_dataclass(part)), None)
-        many = typing.get_origin(hint) in (tuple, dict)
-        path = prefix + item.name + ("[]" if inner and many else "")
+        path = prefix + item.name + (MANY.get(typing.get_origin(hint), "") if inner else "")
         yield path, _type(hint), meanings.get(item.name) or (_first_line(inner) if inner else "")
         if inner:
             yield from fields_of(inner, f"{path}.")
+
+
+MANY: dict[Any, str] = {tuple: "[]", dict: ".*"}
+"""How the path of an object goes on where there are many of its kind."""
 
 
 def _parts(hint: Any) -> Iterator[Any]:
@@ -162,7 +174,9 @@ def _first_line(kind: Any) -> str:
 
 def report() -> str:
     """Every field of the JSON of `compress` and `apply`, and of `verify`."""
-    return _json(data.Report, [("version", "text", "Of this package."), ("met", "true or false", _first_line(data.Report.met))])
+    return _json(
+        data.Report, [("version", "text", "Of this package."), ("met", "true or false", _first_line(data.Report.met))]
+    )
 
 
 def verification() -> str:
