@@ -78,7 +78,21 @@ class Result:
 
 @dataclass(frozen=True)
 class Verification:
-    """Two models side by side."""
+    """Two models side by side.
+
+    Parameters
+    ----------
+    original, compressed
+        Counted on the two models themselves.
+    accuracy, latency
+        Measured on the same samples, and in turn.
+    notes
+        What the user should know.
+    environment
+        Versions and machine.
+    targets
+        How the target asked for would cut both models, where that can be told without it.
+    """
 
     original: Size
     compressed: Size

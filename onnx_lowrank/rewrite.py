@@ -25,7 +25,25 @@ from onnx_lowrank.types import Candidate, Chain, Factorization, Layer, LayerStat
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer."""
+    """What became of one layer.
+
+    Parameters
+    ----------
+    name, op_type
+        Of the node that was replaced.
+    decomposition, rank
+        What it became; the rank has a number for each mode.
+    macs_before, macs_after
+        Multiply-accumulates for one sample.
+    params_before, params_after
+        Elements of the kernels; one that several layers read counts for the first of them.
+    relative_error
+        Of the layer's output where it was fitted to samples, of its kernel otherwise.
+    converged, next_step
+        Whether the fit did, and what to try where it did not.
+    nodes
+        Names of the new nodes.
+    """
 
     name: str
     op_type: str

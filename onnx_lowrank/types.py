@@ -203,7 +203,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Skip:
-    """Why a node was left alone: a refusal is data, never silence and never an exception."""
+    """Why a node was left alone: a refusal is data, never silence and never an exception.
+
+    Parameters
+    ----------
+    layer, op_type
+        Name and operator of the node.
+    reason
+        In words.
+    """
 
     layer: str
     op_type: str

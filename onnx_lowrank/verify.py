@@ -68,6 +68,16 @@ class Latency:
 
     Parameters
     ----------
+    provider, threads, batch
+        What the models ran on, and with how many threads and samples.
+    original_ms, compressed_ms
+        Median milliseconds of a run.
+    original_p90_ms, compressed_p90_ms
+        The same, of which one run in ten takes longer.
+    speedup
+        Median over runs in turn of the original's time over the other's.
+    speedup_low_95, speedup_high_95
+        Where the median lies with 95 % confidence.
     placement, original_placement
         Nodes that each provider runs of the compressed model and of the original, as their sessions say.
     fallback

@@ -248,7 +248,9 @@ def test_commands_are_found_in_documents() -> None:
 
 
 DOCUMENTS = [
-    path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))) if path.is_file()
+    path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")))
+    if path.is_file()
 ]
 DOCUMENTED = [(path.name, line) for path in DOCUMENTS for line in commands(path.read_text(encoding="utf-8"))]
 

@@ -17,7 +17,17 @@ from onnx_lowrank.verify import Accuracy, Latency
 
 @dataclass(frozen=True)
 class Size:
-    """A model in numbers: MACs for one sample, stored parameters, bytes on disk."""
+    """A model in numbers.
+
+    Parameters
+    ----------
+    macs
+        Multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul for one sample.
+    params
+        Stored elements, shared ones once.
+    size_bytes
+        On disk, data beside the model included.
+    """
 
     macs: int
     params: int
@@ -28,7 +38,18 @@ class Size:
 class BudgetResult:
     """What was asked for, what was reached; and what the plan foretold, where it is something to be measured.
 
-    Where it is not `measured`, the device that it is about is not here, and what the plan foretold is all that is known.
+    Parameters
+    ----------
+    metric
+        ``macs``, ``params``, ``size``, ``latency`` or ``drop``.
+    asked, reached
+        Shares of the original; of ``drop``, the most that may be lost, and the bound on what was.
+    met
+        Whether that is enough.
+    predicted
+        What the plan foretold; None where the plan knows it exactly.
+    measured
+        False where the device that it is about is not here: what the plan foretold is all that is known.
     """
 
     metric: str
@@ -108,6 +129,8 @@ class Report:
         Versions and machine.
     notes
         What the user should know: assumptions made, what was given up, what to do next.
+    config
+        The options, as asked for.
     unchanged
         True where the result is the model that was given.
     targets
