@@ -239,6 +239,7 @@ def child(source: str, warm: str, out: str) -> None:
     """How much more memory a model takes than a small one, in MB, to standard output."""
     from onnx_lowrank import parts
 
+    gc.disable()  # what is large is let go at once, and not when it happens to be found
     datafile.LARGE_BYTES, parts.PartSession.__init__.__kwdefaults__["part_bytes"] = 1 << 20, 1 << 23
 
     def peak() -> float:

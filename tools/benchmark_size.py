@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, nargs="+", default=[4.0, 6.0])
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--folder", type=Path, help="for the models and all that is in between")
+    parser.add_argument("--budget", type=float, default=0.5, help="share of the parameters to keep")
     parser.add_argument("--options", nargs="*", default=[], help="further ones of compress, without their dashes")
     arguments = parser.parse_args()
     print(
@@ -131,7 +132,7 @@ def main() -> None:
             make_model(model, round(size * 1e9), arguments.hidden)
             options = [f"--{option}" for option in arguments.options]
             command = [sys.executable, "-m", "onnx_lowrank", "compress", str(model), str(out)]
-            command += ["--budget", "params=0.5", "--json", str(report), "--quiet", *options]
+            command += ["--budget", f"params={arguments.budget}", "--json", str(report), "--quiet", *options]
             code, peak, largest, seconds, work = measured(command)
             if code:
                 print(f"| {size:g} | exit code {code} after {seconds:.0f} s |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,6 +133,7 @@ def _outside(island: Island, data: DataFile, folder: Path, known: dict[str, onnx
     for tensor in island.initializers:
         if tensor.name not in known:
             known[tensor.name] = data.taken(tensor, folder)
+    gc.collect()  # graphsurgeon's nodes and tensors refer to each other in circles, and hold the kernels till then
     return Island(tuple(nodes), tuple(known[tensor.name] for tensor in island.initializers))
 
 
