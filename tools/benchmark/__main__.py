@@ -65,23 +65,27 @@ class Worker:
     def __init__(self, name: str, model: Path, samples: Path, folder: Path, peers: Path) -> None:
         python = peers if WAYS[name].peer else Path(sys.executable)
         self._command = [str(python), "-m", "tools.benchmark.worker", name, *map(str, (model, samples, folder))]
-        self._folder, self._process, self._log = folder, None, folder / "log.txt"
+        self._process: Any = None
+        self._log = folder / "log.txt"
 
     def make(self, share: str) -> dict[str, Any]:
         start, fresh = time.perf_counter(), self._process is None
-        if self._process is None:
-            log = self._log.open("a")
-            self._process: Any = subprocess.Popen(
-                self._command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
         try:
+            if self._process is None:
+                log = self._log.open("a")
+                self._process = subprocess.Popen(
+                    self._command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )
             self._process.stdin.write(share + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # what it said last is the answer
+        except OSError as error:
+            return {"failed": f"{self._command[0]}: {error.strerror}"}
         line = self._process.stdout.readline()
         seconds = time.perf_counter() - start
         if not line:
+            self.close()
             tail = self._log.read_text(errors="replace").strip().splitlines()
             return {"failed": f"the process ended: {tail[-1][:200] if tail else 'no message'}"}
         answer = {**json.loads(line), "seconds": seconds, "alone": fresh}
@@ -127,19 +131,24 @@ class Test:
 
 
 def run(way: Way, worker: Worker, test: Test, folder: Path, share: str) -> dict[str, Any]:
-    """The result at a share: that of an earlier run, or made now."""
+    """The result at a share: that of an earlier run, or made now. What failed is tried again by a later run."""
     record = folder / f"{share}.json"
-    if not record.exists():
-        made = worker.make(share)
-        if "failed" not in made:
-            made |= test.result(folder / made["file"])
-        record.write_text(json.dumps(made, indent=1))
-        figures = (
-            made.get("failed")
-            or f"top-1 {made['top1']:.3f}, agreement {made['agreement']:.3f}, {made['seconds']:.0f} s"
-        )
-        print(f"{folder.parent.name}, {way.title}, {share}: {figures}", flush=True)
-    return json.loads(record.read_text())
+    known: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"failed": ""}
+    if "failed" not in known:
+        return known
+    made = worker.make(share)
+    try:
+        made |= {} if "failed" in made else test.result(folder / made["file"])
+    except Exception as error:  # a peer's model may be one that ONNX Runtime does not take
+        made["failed"] = f"the model does not run: {str(error).splitlines()[0][:200]}"
+    new = record.with_suffix(".new")
+    new.write_text(json.dumps(made, indent=1))
+    new.replace(record)  # whole, or not there
+    figures = (
+        made.get("failed") or f"top-1 {made['top1']:.3f}, agreement {made['agreement']:.3f}, {made['seconds']:.0f} s"
+    )
+    print(f"{folder.parent.name}, {way.title}, {share}: {figures}", flush=True)
+    return made
 
 
 def compare(key: str, model: Path, test: Test, place: Path, peers: Path, fixed: str, args: argparse.Namespace) -> None:

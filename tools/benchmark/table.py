@@ -99,7 +99,7 @@ def machine(peers: Path | None) -> str:
         f"\n{datetime.date.today()}, {fields.get('model name', platform.processor())} ({', '.join(flags)}), {text.count('processor')} processors, "
         f"Python {platform.python_version()}, {', '.join(own)}. Latency: one thread, batch 1."
     ]
-    if peers:
+    if peers and peers.exists():
         run = subprocess.run(
             [str(peers), "-m", "pip", "list", "--format", "freeze"], capture_output=True, text=True, check=False
         )
