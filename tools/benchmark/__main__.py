@@ -157,7 +157,6 @@ def compare(key: str, model: Path, test: Test, place: Path, peers: Path, fixed: 
     folder.mkdir(exist_ok=True)
     worker = Worker(key, model, test.samples, folder, peers)
     first = run(way, worker, test, folder, fixed if way.shares else "-")
-    worker.close()  # so that its time and its memory are those of one model
     if way.shares and ("failed" not in first or "of the MACs" in first["failed"]):
         scan(way.dear, lambda share: run(way, worker, test, folder, f"{share:g}"), args.dear if way.dear else args.grid)
     worker.close()
