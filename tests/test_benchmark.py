@@ -36,16 +36,18 @@ def test_a_result_holds_by_its_loss_or_by_its_agreement(given, fine):
     assert holds(given) is fine
 
 
+@pytest.mark.parametrize("known", [0.7, 0.65])
 @pytest.mark.parametrize("last", [0.95, *GRID])
-def test_bisection_finds_the_least_share_and_tries_few(last):
+def test_bisection_finds_the_least_share_and_tries_few(last, known):
     tried: dict[str, Result] = {}
 
     def at(share: float) -> Result:
         return tried.setdefault(f"{share:g}", result(share, loss=0.0 if share >= last else 0.5))
 
-    scan(True, at, GRID)
-    assert len(tried) <= 3
-    assert (least(tried, 1000) or ("none",))[0] == ("none" if last > GRID[0] else f"{last:g}")
+    scan(True, at, GRID, known)
+    assert len(tried) <= 3  # that known among them
+    expected = "none" if last > GRID[0] else f"{min(share for share in {*GRID, known} if share >= last):g}"
+    assert (least(tried, 1000) or ("none",))[0] == expected
 
 
 def test_a_scan_from_above_goes_past_two_misses_and_ends_at_three():
@@ -55,7 +57,7 @@ def test_a_scan_from_above_goes_past_two_misses_and_ends_at_three():
         tried.append(share)
         return result(share, loss=0.0 if share == 0.7 else 0.5)
 
-    scan(False, at, (*GRID, 0.3, 0.2))
+    scan(False, at, (*GRID, 0.3, 0.2), 0.5)
     assert tried == [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
 
 

@@ -43,7 +43,6 @@ PEERS = (
     "pillow",
 )
 GRID = tuple(round(0.95 - 0.05 * i, 2) for i in range(16))
-DEAR = (0.4, 0.35, 0.3, 0.25, 0.2)
 ROUNDS = 300
 
 
@@ -158,7 +157,7 @@ def compare(key: str, model: Path, test: Test, place: Path, peers: Path, fixed: 
     worker = Worker(key, model, test.samples, folder, peers)
     first = run(way, worker, test, folder, fixed if way.shares else "-")
     if way.shares and ("failed" not in first or "of the MACs" in first["failed"]):
-        scan(way.dear, lambda share: run(way, worker, test, folder, f"{share:g}"), args.dear if way.dear else args.grid)
+        scan(way.dear, lambda share: run(way, worker, test, folder, f"{share:g}"), args.grid, args.share)
     worker.close()
 
 
@@ -173,7 +172,6 @@ def main() -> None:
     parser.add_argument(
         "--grid", nargs="*", type=float, default=GRID, help="shares of the second reading; none: leave it out"
     )
-    parser.add_argument("--dear", nargs="*", type=float, default=DEAR, help="the same for ways that take minutes")
     parser.add_argument(
         "--table", action="store_true", help="measure latency of what is there and print the tables, nothing else"
     )

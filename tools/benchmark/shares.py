@@ -20,17 +20,28 @@ def holds(result: Result) -> bool:
     return bool(result["loss"] <= LOSS + ROUNDING or result["agreement"] >= AGREEMENT - ROUNDING)
 
 
-def scan(dear: bool, at: Callable[[float], Result], shares: Sequence[float]) -> None:
-    """Have results made at as many shares as it takes, the highest first; by bisection where one takes minutes.
+def scan(dear: bool, at: Callable[[float], Result], shares: Sequence[float], known: float) -> None:
+    """Have results made at as many shares as it takes, from the highest down; by bisection where one takes minutes.
 
-    Bisection takes it that a way that loses too much at a share does so below it too. A way that does not may be
-    better than it is said to be, never worse.
+    Parameters
+    ----------
+    dear
+        Bisect. It is taken that a way that loses too much at a share does so below it too: one that does not may be better than it
+        is said to be, never worse.
+    at
+        The result at a share.
+    shares
+        To choose from, descending.
+    known
+        A share whose result is there already, where the bisection begins.
     """
     if dear:
-        low, high = 0, len(shares)  # what stands before `low` holds, what stands from `high` on does not
+        fine = holds(at(known))
+        left = [share for share in shares if (share < known if fine else share > known)]
+        low, high = 0, len(left)  # what stands before `low` holds, what stands from `high` on does not
         while low < high:
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if holds(at(shares[middle])) else (low, middle)
+            low, high = (middle + 1, high) if holds(at(left[middle])) else (low, middle)
         return
     misses = 0
     for share in shares:

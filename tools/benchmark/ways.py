@@ -25,7 +25,7 @@ class Way:
     shares
         Makes a model of any share of the MACs; otherwise one model.
     dear
-        Takes minutes: the least share is found by bisection instead of trying all.
+        Takes a minute or more: the least share is found by bisection instead of trying all.
     """
 
     title: str
@@ -42,8 +42,8 @@ class Way:
 
 WAYS = {
     "tucker": Way("EVBMF + Tucker-2, tensorly", "with_tensorly:tucker"),
-    "cp": Way("EVBMF + CP, tensorly", "with_tensorly:cp"),
-    "cp_uniform": Way("CP, the same share of every layer, tensorly", "with_tensorly:cp_uniform"),
+    "cp": Way("EVBMF + CP, tensorly", "with_tensorly:cp", dear=True),
+    "cp_uniform": Way("CP, the same share of every layer, tensorly", "with_tensorly:cp_uniform", dear=True),
     "aidge": Way("VBMF + Tucker-2, aidge_compression", "with_aidge:weakened"),
     "balf": Way("whitened SVD, one energy threshold (BALF's recipe)", "by_papers:whitened", peer=False),
     "spatial": Way("spatial SVD, the same share of every layer", "by_papers:spatial", peer=False),
