@@ -145,8 +145,11 @@ def test_a_stopped_run_says_so_and_leaves_the_old_file(
     name: str, code: int, word: str, jobs: int, place: Place, undisturbed: Undisturbed
 ) -> None:
     calls = undisturbed[""][2]
-    place.out.write_bytes(b"the old file")
-    done = place.start(name, calls // 15, "--jobs", str(jobs), options="")
+    for share in (15, 25, 40):  # Python drops what is raised while it cleans up: the next moment then
+        place.out.write_bytes(b"the old file")
+        done = place.start(name, calls // share, "--jobs", str(jobs), options="")
+        if done.returncode:
+            break
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr == f"onnx-lowrank: {word}; nothing was written\n"
     assert place.out.read_bytes() == b"the old file"
