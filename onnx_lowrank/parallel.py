@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Generic, TypeVar
 
 import joblib
@@ -154,9 +153,10 @@ def _in_processes(
     jobs: int,
 ) -> Iterator[tuple[int, Outcome]]:
     """Outcomes by the index of their tasks, as they come from processes of this machine."""
-    calls = (joblib.delayed(_apart)(function, i, load(task.given), os.getpid()) for i, task in tasks.items())
+    calls = (joblib.delayed(_apart)(function, i, load(task.given)) for i, task in tasks.items())
+    watched = {"initializer": _end_with, "initargs": (os.getpid(),)}
     # without max_nbytes every array sent would stay in a file in memory until the last task is done
-    outcomes = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", max_nbytes=None)(calls)
+    outcomes = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", max_nbytes=None, **watched)(calls)
     try:
         # `yield from` would close them before the warning can be caught
         for each in outcomes:  # noqa: UP028
@@ -167,12 +167,10 @@ def _in_processes(
             outcomes.close()
 
 
-def _apart(function: Callable[[Given], Outcome], index: int, given: Given, parent: int) -> tuple[int, Outcome]:
-    _end_with(parent)
+def _apart(function: Callable[[Given], Outcome], index: int, given: Given) -> tuple[int, Outcome]:
     return index, on_one_thread(function, given)
 
 
-@cache
 def _end_with(parent: int) -> None:
     """End this process when its parent does, which may be killed: nobody else would."""
 
@@ -181,6 +179,8 @@ def _end_with(parent: int) -> None:
             time.sleep(WATCH_SECONDS)
         os._exit(1)
 
+    if os.getppid() == 1 != parent:  # it is gone already
+        os._exit(1)
     if os.getppid() == parent:
         threading.Thread(target=watch, daemon=True).start()
 
