@@ -35,7 +35,9 @@ def _by_weights(model: Path, picks: Callable[[Sequence[Group]], Pick]) -> Make:
 
     def make(share: float | None, out: Path) -> None:
         plan = at_share(planner, groups, pick, float(share or 0))
-        made = rewrite(subject.model, subject.found, subject.groups, plan, seed=0, jobs=1, progress=no_progress)[0]
+        made = rewrite(
+            subject.model, subject.found, subject.groups, plan, seed=0, jobs=1, correct=False, progress=no_progress
+        )[0]
         onnx.save(made.proto, out)
 
     return make
