@@ -20,6 +20,7 @@ from onnx_lowrank.types import Candidate
 
 def main() -> int:
     name, moment, log, *arguments = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
     parallel.WORTH_A_PROCESS = 0
     calls = 0
 
