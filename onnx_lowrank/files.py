@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -30,9 +31,9 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     OSError
         Where that is not possible; nothing is left behind then.
     """
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=PART)
+    part = path.with_name(f".{path.name}-{secrets.token_hex(6)}{PART}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(part, "xb") as file:  # with the permissions of any new file: it is there for others, too
             for data in parts:
                 file.write(data)
         os.replace(part, path)

@@ -209,6 +209,9 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_whole(path, [b"a", memoryview(b"bc")])
     assert path.read_bytes() == b"abc"
+    (tmp_path / "another").touch()
+    assert path.stat().st_mode == (tmp_path / "another").stat().st_mode
+    (tmp_path / "another").unlink()
 
     def broken() -> object:
         yield b"half"
