@@ -222,7 +222,7 @@ def spectrum(matrix: np.ndarray, rank: int | None = None) -> Spectrum:
     found = evbmf(matrix)
     values = found.singular_values
     scale = float(values[0]) if len(values) and values[0] > 0 else 1.0
-    picks = sorted({round(i) for i in np.linspace(0, len(values) - 1, min(len(values), THINNED))})
+    picks = _picks(len(values), THINNED)
     return Spectrum(
         (int(matrix.shape[0]), int(matrix.shape[1])),
         tuple(i + 1 for i in picks),
@@ -269,5 +269,9 @@ def _front(points: Sequence[_Point]) -> list[_Point]:
 
 
 def _thinned(points: Sequence[_Point]) -> tuple[_Point, ...]:
-    picks = sorted({round(i) for i in np.linspace(0, len(points) - 1, min(len(points), CURVE))})
-    return tuple(points[i] for i in picks)
+    return tuple(points[i] for i in _picks(len(points), CURVE))
+
+
+def _picks(count: int, most: int) -> list[int]:
+    """At most so many of `count` places, evenly spaced, both ends among them."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})

@@ -42,22 +42,23 @@ class Reader(CalibrationDataReader):
 
 
 def alone(model: Path, out: Path, pictures: np.ndarray) -> Path:
-    """The model as onnxruntime.quantization makes it."""
+    """Write to `out` the model as onnxruntime.quantization makes it, with ranges from the first ``RANGES`` pictures."""
     folded = load(model).copy()
-    fold_batchnorm(folded)
-    onnx.save(folded.proto, out / "folded.onnx")
-    name = folded.graph.input[0].name
+    fold_batchnorm(folded)  # quantize_static wants it done, and its own pre-processing does it by ONNX Runtime
+    first, name = out.with_suffix(".folded.onnx"), folded.graph.input[0].name
+    onnx.save(folded.proto, first)
+    pictures = pictures[:RANGES]
     quantize_static(
-        out / "folded.onnx",
-        out / "alone.onnx",
-        Reader({name: pictures[i : i + 32]} for i in range(0, RANGES, 32)),
+        first,
+        out,
+        Reader({name: pictures[i : i + 32]} for i in range(0, len(pictures), 32)),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod.MinMax,
     )
-    return out / "alone.onnx"
+    return out
 
 
 def session(path: Path) -> ort.InferenceSession:
@@ -107,7 +108,10 @@ def main() -> None:
     np.savez(args.out / "test.npz", images=test, labels=labels)
     preprocess = Path(__file__).parents[1] / "tests" / "data" / "cifar10.toml"
     data = ["--calibrate", args.out / "calibrate.npz", "--evaluate", args.out / "test.npz", "--preprocess", preprocess]
-    paths = {"float": args.model, "INT8 alone": alone(args.model, args.out, cifar.inputs(train[:RANGES]))}
+    paths = {
+        "float": args.model,
+        "INT8 alone": alone(args.model, args.out / "alone.onnx", cifar.inputs(train[:RANGES])),
+    }
     for budget in ["", *args.budget]:
         title = f"ours, {budget or 'INT8 alone'}"
         path = args.out / f"{budget.replace('=', '').replace(',', '_') or 'int8'}.onnx"

@@ -60,12 +60,11 @@ class Constants:
 
     def __init__(self, model: Model) -> None:
         self._folder = model.folder
-        listed = {i.name for i in model.graph.input}
-        overridable = set() if lists_all(model) else listed
+        fed = overridable(model)
         self._known: dict[str, Constant] = {}
         for tensor in model.graph.initializer:
             self._known[tensor.name] = Constant(
-                tensor.name, partial(read_tensor, tensor, self._folder), tensor.name in overridable
+                tensor.name, partial(read_tensor, tensor, self._folder), tensor.name in fed
             )
         for sparse in model.graph.sparse_initializer:
             name = sparse.values.name
@@ -142,6 +141,12 @@ def lists_all(model: Model) -> bool:
     """
     stored = {t.name for t in model.graph.initializer}
     return model.proto.ir_version < 4 or (bool(stored) and stored <= {i.name for i in model.graph.input})
+
+
+def overridable(model: Model) -> set[str]:
+    """Names of the stored tensors that a user may feed another value for."""
+    stored = set() if lists_all(model) else {tensor.name for tensor in model.graph.initializer}
+    return stored & {value.name for value in model.graph.input}
 
 
 def add_initializer(model: Model, tensor: onnx.TensorProto, *, listed: bool) -> None:

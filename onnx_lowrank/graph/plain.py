@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_lowrank.graph.constants import lists_all, read_tensor
+from onnx_lowrank.graph.constants import overridable, read_tensor
 from onnx_lowrank.graph.model import Model, subgraphs
 from onnx_lowrank.types import LowRankError
 
@@ -79,8 +79,9 @@ def plain_graph(model: Model) -> PlainGraph:
     stored = {tensor.name: read_tensor(tensor, model.folder) for tensor in graph.initializer}
     fed = tuple(value.name for value in graph.input if value.name not in stored)
     nodes = tuple(_plain_node(node, model) for node in graph.node)
-    listed = frozenset() if lists_all(model) else frozenset(value.name for value in graph.input) & stored.keys()
-    return PlainGraph(model.opset, fed, tuple(value.name for value in graph.output), stored, nodes, listed)
+    return PlainGraph(
+        model.opset, fed, tuple(value.name for value in graph.output), stored, nodes, frozenset(overridable(model))
+    )
 
 
 def is_floating(value: np.ndarray) -> bool:

@@ -15,7 +15,7 @@ from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from onnx_lowrank.graph.constants import drop_unread, lists_all, read_tensor
+from onnx_lowrank.graph.constants import drop_unread, overridable, read_tensor
 from onnx_lowrank.graph.model import Model, fresh_name, scopes, tensor_names, tensors_read
 from onnx_lowrank.types import LowRankError
 
@@ -174,9 +174,8 @@ def _uneven(model: Model, ranges: Mapping[str, tuple[float, float]]) -> list[str
 
 def _fed(model: Model) -> list[str]:
     """Nodes that read a stored tensor that a user may feed another value for."""
-    listed = set() if lists_all(model) else {value.name for value in model.graph.input}
-    open_ = {tensor.name for tensor in model.graph.initializer} & listed
-    return [node.name for node in model.graph.node if not open_.isdisjoint(node.input)]
+    fed = overridable(model)
+    return [node.name for node in model.graph.node if not fed.isdisjoint(node.input)]
 
 
 def _data(node: onnx.NodeProto) -> list[str]:

@@ -10,8 +10,6 @@ import base64
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lowrank.details import LayerDetails
+from onnx_lowrank.files import write_whole
 from onnx_lowrank.pipeline import Inspection, Result, Verification
 from onnx_lowrank.report import numbers
 from onnx_lowrank.report.data import BudgetResult, Report, Size, TargetResult, environment, package_version
@@ -141,10 +140,7 @@ def write_page(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-            part = Path(scratch) / path.name
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
+        write_whole(path, [text.encode()])
     except OSError as error:
         raise LowRankError(f"{path} cannot be written ({error.strerror or error}): nothing was changed") from error
 
