@@ -3,8 +3,9 @@
 from onnx_lowrank import budgets, decompositions, ranks
 from onnx_lowrank.config import Config, make_config
 from onnx_lowrank.integrations.calibration import CalibrationReader
-from onnx_lowrank.pipeline import Inspection, Result, Verification, analyze, apply, bundle, compress, inspect, verify
+from onnx_lowrank.pipeline import analyze, apply, bundle, compress, inspect, verify
 from onnx_lowrank.report.data import Report
+from onnx_lowrank.report.results import Inspection, Result, Verification
 from onnx_lowrank.types import Budget, Candidate, Cost, LowRankError, Plan, Skip
 
 __all__ = [

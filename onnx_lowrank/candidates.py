@@ -14,7 +14,6 @@ from onnx_lowrank.cache import fingerprint
 from onnx_lowrank.cache.keys import member_key
 from onnx_lowrank.decompositions import find_decomposition, is_joint, lift
 from onnx_lowrank.decompositions.levels import energy_levels
-from onnx_lowrank.parallel import Task
 from onnx_lowrank.types import (
     DENSE,
     Candidate,
@@ -28,6 +27,7 @@ from onnx_lowrank.types import (
     Skip,
     Stage,
 )
+from onnx_lowrank.work.parallel import Task
 
 RANKS_PER_MODE = {1: 64, 2: 16}
 """Most ranks tried along each mode, by the number of modes: past this the grid is coarser than one block."""

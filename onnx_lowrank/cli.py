@@ -21,15 +21,12 @@ from rich.table import Column
 from rich.text import Text
 
 from onnx_lowrank import pipeline, runtime
-from onnx_lowrank.budgets import BUDGET_SOLVERS
 from onnx_lowrank.cache import LIMIT, open_cache
-from onnx_lowrank.config import DAMAGES, METHODS, PRECISIONS, QUANTIZATIONS, TRAINING, Config, make_config, read_config
-from onnx_lowrank.decompositions import DECOMPOSITIONS
+from onnx_lowrank.config import Config
 from onnx_lowrank.files import write_whole
 from onnx_lowrank.graph.save import check_destination
-from onnx_lowrank.plans import plan_to_dict
-from onnx_lowrank.ranks import RANK_ESTIMATORS
-from onnx_lowrank.recipes import RECIPES
+from onnx_lowrank.options import FILES_WRITTEN, add_options, config_of
+from onnx_lowrank.planning.plans import plan_to_dict
 from onnx_lowrank.report.data import package_version
 from onnx_lowrank.report.page import (
     Origin,
@@ -42,7 +39,6 @@ from onnx_lowrank.report.page import (
 from onnx_lowrank.report.text import render_inspection, render_report, render_verification
 from onnx_lowrank.targets import TARGETS
 from onnx_lowrank.types import LowRankError
-from onnx_lowrank.verify import METRICS
 
 MET, UNMET, BAD_INPUT = 0, 1, 2
 INTERRUPTED, TERMINATED = 130, 143
@@ -117,12 +113,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", _inspect, "what is in a model, what each layer could become, why others are left alone")
     sub.add_argument("model", metavar="MODEL")
-    _options(sub, "layers", "graph", "inputs", "target", "work", "page")
+    add_options(sub, "layers", "graph", "inputs", "target", "work", "page")
 
     sub = command("compress", _compress, "the main job: a smaller, faster model, checked")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("out", metavar="OUT")
-    _options(
+    add_options(
         sub,
         *("goal", "layers", "graph", "data", "training", "inputs", "target", "provider", "latency", "work"),
         *("reports", "page"),
@@ -132,217 +128,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("plan_file", metavar="PLAN")
     sub.add_argument("out", metavar="OUT")
-    _options(sub, "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports", "page")
+    add_options(sub, "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports", "page")
 
     sub = command("verify", _verify, "accuracy, latency and placement of two models, side by side")
     sub.add_argument("model", metavar="ORIGINAL")
     sub.add_argument("other", metavar="OTHER")
-    _options(sub, "data", "inputs", "target", "provider", "latency", "reports", "page")
+    add_options(sub, "data", "inputs", "target", "provider", "latency", "reports", "page")
 
     sub = command("bundle", _bundle, "models and a script that measure on a device what a plan for it needs")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("out", metavar="OUT.zip")
-    _options(sub, "layers", "inputs", "target", "latency", "work")
+    add_options(sub, "layers", "inputs", "target", "latency", "work")
 
     sub = command(
         "providers", _providers, "the execution providers of this build of ONNX Runtime, and which of them work here"
     )
-    _options(sub, "provider")
+    add_options(sub, "provider")
 
     sub = command("cache", _cache, "what is kept of earlier runs, so that nothing is done twice")
     sub.add_argument("--clear", action="store_true", help="remove all of it")
     return parser
 
 
-OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
-    "goal": (
-        (
-            "--budget",
-            {
-                "action": "append",
-                "metavar": "METRIC=RATIO",
-                "help": "macs, params, size or latency, as a fraction of the original; repeatable",
-            },
-        ),
-        (
-            "--max-drop",
-            {"type": float, "metavar": "X", "help": "largest loss of the metric accepted, with 95 %% confidence"},
-        ),
-        ("--objective", {"metavar": "METRIC", "help": "what to make small under --max-drop (default: latency)"}),
-        (
-            "--recipe",
-            {"metavar": "NAME", "help": f"a published pipeline, whole: {', '.join(RECIPES)}"},
-        ),
-        (
-            "--solver",
-            {"metavar": "NAME", "help": f"what chooses the ranks: {', '.join(BUDGET_SOLVERS)} (default: knapsack)"},
-        ),
-        (
-            "--damage",
-            {"metavar": "NAME", "help": f"what it adds up: {', '.join(DAMAGES)} (default: output)"},
-        ),
-        (
-            "--rank",
-            {
-                "metavar": "ESTIMATOR",
-                "help": f"no allocation: a rank for each layer by {', '.join(RANK_ESTIMATORS)}, as in energy=0.95",
-            },
-        ),
-    ),
-    "layers": (
-        ("--methods", {"metavar": "LIST", "help": f"of {', '.join(DECOMPOSITIONS)} (default: {','.join(METHODS)})"}),
-        ("--include", {"action": "append", "metavar": "GLOB", "help": "only layers of these names; repeatable"}),
-        ("--exclude", {"action": "append", "metavar": "GLOB", "help": "no layers of these names; repeatable"}),
-        (
-            "--group",
-            {
-                "action": "append",
-                "metavar": "NAME=GLOB",
-                "help": "layers that may share a factor (joint_*); otherwise found from the graph; repeatable",
-            },
-        ),
-        (
-            "--align",
-            {"type": int, "metavar": "N", "help": "multiple that ranks are kept to (default: this machine's kernels)"},
-        ),
-    ),
-    "graph": (
-        (
-            "--fold-batchnorm",
-            {"action": "store_true", "default": None, "help": "fold BatchNormalization into convolutions at the end"},
-        ),
-        (
-            "--quantize",
-            {"metavar": "KIND", "help": f"{', '.join(QUANTIZATIONS)}: INT8 (QDQ) at the end (default: none)"},
-        ),
-        (
-            "--dequantize",
-            {"action": "store_true", "default": None, "help": "bring a quantised model (QDQ) back to floats first"},
-        ),
-    ),
-    "data": (
-        (
-            "--calibrate",
-            {"metavar": "DATA", "help": "unlabelled samples: .npz, .npy, a folder of pictures, FILE.py:function..."},
-        ),
-        ("--evaluate", {"metavar": "DATA", "help": "samples for the accuracy check, with labels or without"}),
-        ("--preprocess", {"metavar": "F.toml", "help": "how pictures become inputs"}),
-        ("--metric", {"metavar": "NAME", "help": f"{', '.join(METRICS)} or FILE.py:function"}),
-    ),
-    "training": (
-        ("--finetune", {"metavar": "KIND", "help": f"{', '.join(TRAINING)} (default: none); needs torch"}),
-        ("--train", {"metavar": "DATA", "help": "samples to train on (distill: default those of --calibrate)"}),
-        ("--epochs", {"type": int, "metavar": "N", "help": "times through them (default: 3,000 steps)"}),
-        (
-            "--learning-rate",
-            {"type": float, "metavar": "X", "help": "the highest of AdamW's (default: 0.0003 to distill, 0.001)"},
-        ),
-        ("--train-batch", {"type": int, "metavar": "N", "help": "samples of a step (default: 64)"}),
-        ("--augment", {"metavar": "LIST", "help": "of flip, crop, mixup; or none (default: flip,crop)"}),
-        ("--trained", {"metavar": "LIST", "help": "all, touched or patterns of tensors' names (default: all)"}),
-        ("--loss", {"metavar": "FILE.py:function", "help": "instead of cross entropy: function(outputs, labels)"}),
-        (
-            "--batch-statistics",
-            {
-                "action": argparse.BooleanOptionalAction,
-                "default": None,
-                "help": "let BatchNormalization follow the batches (default: with labels)",
-            },
-        ),
-        (
-            "--orthogonality",
-            {"type": float, "metavar": "X", "help": "weight of it in the recipe orthogonal (default: 1; 0: none)"},
-        ),
-        ("--device", {"metavar": "NAME", "help": "cpu or cuda (default: cpu)"}),
-        (
-            "--precision",
-            {"metavar": "NAME", "help": f"of products in training: {', '.join(PRECISIONS)} (default: by device)"},
-        ),
-    ),
-    "inputs": (
-        ("--input-shape", {"action": "append", "metavar": "NAME:1,3,224,224", "help": "sizes of an input; repeatable"}),
-    ),
-    "target": (
-        (
-            "--target",
-            {
-                "metavar": "NAME",
-                "help": f"what the result is to run on: {', '.join(TARGETS)}, or results of a bundle (.json) (default: cpu)",
-            },
-        ),
-    ),
-    "provider": (
-        ("--provider", {"metavar": "NAME", "help": "execution provider that models run on (default: CPU)"}),
-        (
-            "--provider-option",
-            {"action": "append", "metavar": "KEY=VALUE", "help": "an option of the provider; repeatable"},
-        ),
-        (
-            "--provider-library",
-            {"action": "append", "metavar": "NAME=PATH", "help": "library of a provider, to register; repeatable"},
-        ),
-    ),
-    "latency": (
-        ("--threads", {"type": int, "metavar": "N", "help": "threads of one operator (default: 1)"}),
-        ("--batch-size", {"type": int, "metavar": "N", "help": "samples that latency is measured on (default: 1)"}),
-    ),
-    "work": (
-        (
-            "--exact",
-            {
-                "action": "store_true",
-                "default": None,
-                "help": "no randomised SVD, not even of kernels from 4096 x 4096 on",
-            },
-        ),
-        ("--jobs", {"type": int, "metavar": "N", "help": "processes (default: one for each core)"}),
-        (
-            "--cluster",
-            {"metavar": "ADDRESS", "help": "a Dask scheduler, as tcp://10.0.0.1:8786, in the place of --jobs"},
-        ),
-        ("--seed", {"type": int, "metavar": "N", "help": "of every random choice (default: 0)"}),
-    ),
-    "reports": (("--json", {"metavar": "F", "help": "write the report as JSON"}),),
-    "page": (("--report", {"metavar": "F.html", "help": "write the report as a page, in one file (extra: report)"}),),
-}
-"""Options in groups; each is a field of Config, but for those that name a file to write."""
-
-
-def _options(sub: argparse.ArgumentParser, *groups: str) -> None:
-    for group in groups:
-        box = sub.add_argument_group(group)
-        for flag, settings in OPTIONS[group]:
-            box.add_argument(flag, **settings)
-    if "goal" in groups:
-        sub.add_argument("--plan", metavar="F", help="write the plan as JSON, to edit and give to apply")
-    sub.add_argument("--config", metavar="F.toml", help="options by their names; the command line has the last word")
-
-
-FILES_WRITTEN = ("plan", "json", "report")
-
-NOT_CONFIG = (
-    "name",
-    "command",
-    "quiet",
-    "verbose",
-    "line",
-    "model",
-    "other",
-    "out",
-    "plan_file",
-    "config",
-    *FILES_WRITTEN,
-)
-
-
-def _config(arguments: argparse.Namespace) -> Config:
-    options = read_config(arguments.config) if arguments.config else {}
-    given = {k: v for k, v in vars(arguments).items() if k not in NOT_CONFIG and v is not None}
-    return make_config(**(options | given))
-
-
 def _inspect(arguments: argparse.Namespace) -> int:
-    config = _config(arguments)
+    config = config_of(arguments)
     _check_files(arguments, config, *_written(arguments))
     with _progress(arguments) as progress:
         view = pipeline.inspect(arguments.model, config=config, progress=progress, details=bool(arguments.report))
@@ -353,7 +162,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _compress(arguments: argparse.Namespace) -> int:
-    config = _config(arguments)
+    config = config_of(arguments)
     _check_files(arguments, config, arguments.out, _unmet(arguments.out), *_written(arguments))
     with _progress(arguments) as progress:
         result = pipeline.compress(arguments.model, config=config, progress=progress, details=bool(arguments.report))
@@ -361,7 +170,7 @@ def _compress(arguments: argparse.Namespace) -> int:
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    config = _config(arguments)
+    config = config_of(arguments)
     _check_files(arguments, config, arguments.out, _unmet(arguments.out), *_written(arguments))
     with _progress(arguments) as progress:
         result = pipeline.apply(
@@ -402,7 +211,7 @@ def _unmet(out: str) -> str:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    config = _config(arguments)
+    config = config_of(arguments)
     _check_files(arguments, config, *_written(arguments))
     with _progress(arguments) as progress:
         check = pipeline.verify(arguments.model, arguments.other, config=config, progress=progress)
@@ -415,7 +224,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _bundle(arguments: argparse.Namespace) -> int:
-    config = _config(arguments)
+    config = config_of(arguments)
     _check_files(arguments, config, arguments.out)
     with _progress(arguments) as progress:
         made = pipeline.bundle(arguments.model, arguments.out, config=config, progress=progress)
@@ -443,7 +252,7 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 
 def _providers(arguments: argparse.Namespace) -> int:
-    lines = [f"{name}: {state}" for name, state in pipeline.providers(config=_config(arguments))]
+    lines = [f"{name}: {state}" for name, state in pipeline.providers(config=config_of(arguments))]
     checks = [f"--target {target.name}: {target.without}" for target in TARGETS.values() if target.without]
     others = "Any other comes with a build of ONNX Runtime, or as a library: --provider-library NAME=PATH"
     parts = [f"ONNX Runtime {runtime.version()}", *lines, others, "What can be checked without the devices:", *checks]

@@ -2,141 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from onnx_lowrank import runtime
-from onnx_lowrank.bench import Attempt, Bench, open_bench
-from onnx_lowrank.bundle import Bundle, write_bundle
 from onnx_lowrank.config import PLANNED, Config, make_config
-from onnx_lowrank.details import LayerDetails, layer_details
-from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.probe import probe_model
-from onnx_lowrank.graph.save import save
-from onnx_lowrank.integrations import from_proto
-from onnx_lowrank.ort_format import SUFFIX, save_ort
-from onnx_lowrank.planner import Planner
-from onnx_lowrank.plans import plan_to_dict, read_choices, read_plan
+from onnx_lowrank.interop import from_proto
+from onnx_lowrank.latency.bundle import Bundle, write_bundle
+from onnx_lowrank.planning.planner import Planner
+from onnx_lowrank.planning.plans import plan_to_dict, read_choices, read_plan
 from onnx_lowrank.quantize import check_unquantized
 from onnx_lowrank.recipes import find_recipe
-from onnx_lowrank.report.data import Report, Size, TargetResult, environment, plain
-from onnx_lowrank.runtime import Feeds, RunSettings
-from onnx_lowrank.search import budget_results
+from onnx_lowrank.report.data import Report, environment
+from onnx_lowrank.report.details import layer_details
+from onnx_lowrank.report.notes import advice, of_provider, on_target
+from onnx_lowrank.report.results import Inspection, LayerView, Result, Verification
+from onnx_lowrank.runtime import RunSettings
+from onnx_lowrank.search.bench import Attempt, Bench, open_bench
+from onnx_lowrank.search.search import budget_results
 from onnx_lowrank.subject import open_subject
-from onnx_lowrank.types import Candidate, Cost, LowRankError, Plan, Progress, Skip, no_progress
-from onnx_lowrank.verify import Accuracy, Latency
-
-
-@dataclass(frozen=True)
-class Result:
-    """What `compress` and `apply` give back.
-
-    Parameters
-    ----------
-    model
-        Of the kind that was given: a ModelProto (also for a path), a graphsurgeon Graph or an onnx-ir Model. The tensors of
-        one with more than 1 GB of external data stay outside, in `folder`, for as long as the result is alive: `save` it.
-    plan, report
-        What was decided, and what came of it.
-    details
-        What the page of a report shows of each layer; empty where it was not asked for.
-    """
-
-    model: Any
-    plan: Plan
-    report: Report
-    _written: Model = field(repr=False)
-    _feeds: Feeds = field(repr=False)
-    _compiled: bool = field(repr=False)
-    details: tuple[LayerDetails, ...] = field(default=(), repr=False)
-
-    @property
-    def folder(self) -> Path:
-        """What the places of external data in `model` are relative to."""
-        return self._written.folder
-
-    @property
-    def met(self) -> bool:
-        """Whether everything asked for was reached."""
-        return self.report.met
-
-    def save(self, path: str | Path) -> None:
-        """Write the model, in the format of mobile builds where `path` ends in ``.ort``.
-
-        See :func:`onnx_lowrank.graph.save.save` and :func:`onnx_lowrank.ort_format.save_ort`.
-        """
-        if Path(path).suffix == SUFFIX:
-            save_ort(self._written, Path(path), self._feeds, compiled=self._compiled)
-        else:
-            save(self._written, path)
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Two models side by side.
-
-    Parameters
-    ----------
-    original, compressed
-        Counted on the two models themselves.
-    accuracy, latency
-        Measured on the same samples, and in turn.
-    notes
-        What the user should know.
-    environment
-        Versions and machine.
-    targets
-        How the target asked for would cut both models, where that can be told without it.
-    """
-
-    original: Size
-    compressed: Size
-    accuracy: Accuracy
-    latency: tuple[Latency, ...]
-    notes: tuple[str, ...]
-    environment: dict[str, str]
-    targets: tuple[TargetResult, ...] = ()
-
-    @property
-    def met(self) -> bool:
-        """Whether the provider asked for ran a part of both models at least, and the target takes the second no worse."""
-        timed = not any(math.isnan(latency.speedup) for latency in self.latency)
-        return timed and all(target.met for target in self.targets)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return plain(asdict(self))
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """A layer as `inspect` shows it: `half` is its best candidate at no more than half of its MACs and parameters."""
-
-    name: str
-    op_type: str
-    weight_shape: tuple[int, ...]
-    macs: int
-    params: int
-    half: Candidate | None
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What is in a model and what each layer could become."""
-
-    cost: Cost
-    layers: tuple[LayerView, ...]
-    skips: tuple[Skip, ...]
-    notes: tuple[str, ...]
-    sections: tuple[tuple[str, ...], ...] = ()
-    """Layers that repeat, and may share a factor of their kernels (``joint_*``)."""
-    details: tuple[LayerDetails, ...] = field(default=(), repr=False)
-    """What a page shows of each layer; empty where it was not asked for."""
+from onnx_lowrank.types import LowRankError, Plan, Progress, no_progress
 
 
 def analyze(model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any) -> Plan:
@@ -261,9 +150,9 @@ def verify(
     with open_bench(planner) as bench:
         attempt = bench.measure(second.model, Plan(()), (), second.model.path)
         latency = bench.latency(attempt)
-        notes = bench.notes + _of_provider(latency)
+        notes = bench.notes + of_provider(latency)
         targets = bench.parts(attempt)
-        notes += _on_target(planner, targets)
+        notes += on_target(planner, targets)
         return Verification(bench.original, attempt.size, attempt.accuracy, (latency,), notes, environment(), targets)
 
 
@@ -282,7 +171,7 @@ def inspect(
     config = configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
     views = []
-    for group, candidates in zip(planner.subject.groups, planner.candidates(), strict=False):
+    for group, candidates in zip(planner.subject.groups, planner.sets.all(), strict=False):
         dense = group.dense.cost
         small = [c for c in candidates if 2 * c.cost.macs <= dense.macs and 2 * c.cost.params <= dense.params]
         half = min(small, key=lambda c: c.error, default=None)
@@ -319,7 +208,7 @@ def bundle(
             f"a bundle runs ONNX Runtime on the device, and target {planner.target.name} was given: leave it out"
         )
     made_for = planner.target.results.target if planner.target.results else planner.target.name
-    return write_bundle(planner.subject, config, planner.candidates(), made_for, planner.block, Path(out), progress)
+    return write_bundle(planner.subject, config, planner.sets.all(), made_for, planner.block, Path(out), progress)
 
 
 def providers(*, config: Config | None = None, **options: Any) -> tuple[tuple[str, str], ...]:
@@ -364,7 +253,10 @@ def _finish(bench: Bench, given: Any, best: Attempt, detailed: bool) -> Result:
         (latency,),
         dict(planner.seconds),
         environment(),
-        best.plan.notes + bench.notes + _advice(planner, best, latency) + _on_target(planner, targets),
+        best.plan.notes
+        + bench.notes
+        + advice(planner, best.layers, best.accuracy, latency)
+        + on_target(planner, targets),
         not best.layers and best.choice is None,
         planner.config.to_dict(),
         targets,
@@ -376,54 +268,3 @@ def _finish(bench: Bench, given: Any, best: Attempt, detailed: bool) -> Result:
     if kept is not None:
         weakref.finalize(result, shutil.rmtree, kept, ignore_errors=True)
     return result
-
-
-def _on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, ...]:
-    """What is known of the target, and what is not."""
-    target, provider = planner.target, planner.config.provider
-    if target.name == "cpu":
-        return ()
-    notes = [
-        f"target {result.name} takes the result worse than the original: do not use it there"
-        for result in results
-        if not result.met
-    ]
-    if not results and not planner.timed_on_target and target.without:
-        notes.append(f"how {target.name} cuts the models is not told without it; checked here: {target.without}")
-    if planner.target.results:
-        notes.append("run `bench.py --pair ORIGINAL RESULT` on the device to measure what is predicted here")
-    if not planner.timed_on_target:
-        notes.append(f"times are those of {provider} on this machine, and say nothing of {target.name}")
-    return tuple(notes)
-
-
-def _of_provider(latency: Latency) -> tuple[str, ...]:
-    """What the provider left to others, and whether it is the device that it is called after."""
-    return tuple(note for note in (latency.fallback, runtime.simulated(latency.provider)) if note)
-
-
-def _advice(planner: Planner, best: Attempt, latency: Latency) -> tuple[str, ...]:
-    """What the figures mean for the user."""
-    notes = []
-    if planner.config.calibrate is None and best.layers:
-        notes.append(
-            "no calibration data was given: the weights alone decided, and accuracy suffers more than it has to; "
-            "a few hundred unlabelled samples (--calibrate) bring most of it back"
-        )
-    used, given = planner.fitted_on
-    if used < given:
-        notes.append(
-            f"layers were fitted on {used} of {given} calibration samples: the activations of more do not fit into memory"
-        )
-    if best.layers and latency.speedup_high_95 < 1 and planner.timed_on_target:
-        notes.append(
-            f"the result is slower than the original ({latency.speedup:.2f}x): its layers are too small for this machine "
-            f"to gain; use --max-drop, or leave layers out with --exclude"
-        )
-    notes += _of_provider(latency)
-    if best.accuracy.broken:
-        notes.append(f"{best.accuracy.broken} sample(s) give NaN or infinity: do not use this model")
-    stuck = [layer.name for layer in best.layers if not layer.converged]
-    if stuck:
-        notes.append(f"{len(stuck)} factorisation(s) stopped before they converged: {', '.join(stuck[:3])}")
-    return tuple(notes)

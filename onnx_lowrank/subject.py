@@ -12,6 +12,7 @@ import numpy as np
 from onnx_lowrank.candidates import Group, group_layers
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import Dataset, open_data
+from onnx_lowrank.data.feeds import first_feeds, random_feeds
 from onnx_lowrank.graph.datafile import is_large
 from onnx_lowrank.graph.dequantize import dequantized
 from onnx_lowrank.graph.find import Found, find_layers, model_cost, sized_tensors
@@ -19,11 +20,11 @@ from onnx_lowrank.graph.limits import check_shapes
 from onnx_lowrank.graph.model import Model, load, serialize
 from onnx_lowrank.graph.sections import Section, sections
 from onnx_lowrank.graph.shapes import Shapes, infer, model_inputs, sample_shapes, with_outputs
-from onnx_lowrank.integrations import to_proto
-from onnx_lowrank.parts import PartSession
+from onnx_lowrank.interop import to_proto
 from onnx_lowrank.runtime import RunSettings, Session, tensor_shapes
 from onnx_lowrank.types import Cost, InputSpec, Layer, LowRankError, Skip
-from onnx_lowrank.verify import Feeds, first_feeds, random_feeds
+from onnx_lowrank.verification.parts import PartSession
+from onnx_lowrank.verification.verify import Feeds
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.graph.find import Found, find_layers
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.shapes import infer, model_inputs, sample_shapes
-from onnx_lowrank.parallel import Work
-from onnx_lowrank.rewrite import LayerReport, rewrite
+from onnx_lowrank.rewriting.rewrite import LayerReport, rewrite
 from onnx_lowrank.types import Plan, Rank, no_progress
+from onnx_lowrank.work.parallel import Work
 
 Feeds = dict[str, np.ndarray]
 

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from onnx_lowrank import cli, parallel, pipeline
+from onnx_lowrank import cli, pipeline
 from onnx_lowrank.types import Candidate
+from onnx_lowrank.work import parallel
 
 
 def main() -> int:

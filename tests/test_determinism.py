@@ -16,8 +16,8 @@ import pytest
 
 import models
 import onnx_lowrank as lr
-from onnx_lowrank import parallel
 from onnx_lowrank.decompositions import DECOMPOSITIONS, is_joint
+from onnx_lowrank.work import parallel
 from tests.helpers import normal, parse
 
 SMALL = """g (float[N,6,8,8] x) => (float[N,10] y) {

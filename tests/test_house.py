@@ -28,25 +28,46 @@ ROOT = PACKAGE.parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 MAY_IMPORT = {
-    "onnx": ("graph/", "integrations/", "quantize/qdq.py"),
-    "onnx_graphsurgeon": ("graph/", "integrations/"),
-    "onnx_ir": ("integrations/",),
+    "onnx": ("graph/", "interop/", "integrations/", "quantize/qdq.py"),
+    "onnx_graphsurgeon": ("graph/", "interop/"),
+    "onnx_ir": ("interop/", "integrations/"),
     "olive": ("integrations/",),
     "polygraphy": ("integrations/",),
     "google": ("graph/",),
     "onnxruntime": ("runtime/", "quantize/qdq.py"),
     "jinja2": ("report/page.py",),
     "torch": ("finetune/",),
-    "dask": ("cluster.py",),
-    "distributed": ("cluster.py",),
+    "dask": ("work/cluster.py",),
+    "distributed": ("work/cluster.py",),
     "MNN": ("runtime/mnn.py",),
     "_tools": ("runtime/mnn.py",),
-    "argparse": ("cli.py", "runtime/portable.py"),
+    "argparse": ("cli.py", "options.py", "runtime/portable.py"),
 }
 """Libraries that have one place each, so that everything else can be used and tested without them."""
 
 NUMERIC_CORE = ("linalg.py", "randomized.py", "types.py", "decompositions/", "ranks/", "budgets/")
 KNOWS_NUMBERS_ONLY = {"numpy", "scipy", "onnx_lowrank"}
+
+
+FLOW = (
+    *("types", "files", "linalg", "randomized", "cache", "work"),
+    *("graph", "runtime", "verification", "data", "config", "interop"),
+    *("ranks", "decompositions", "candidates", "subject"),
+    *(
+        "calibration",
+        "rewriting",
+        "targets",
+        "budgets",
+        "quantize",
+        "latency",
+        "planning",
+        "report",
+        "finetune",
+        "search",
+    ),
+    *("recipes", "pipeline", "options", "cli", "integrations", "__init__", "__main__"),
+)
+"""Folders and files of the package: each imports only what stands before it, so that nothing goes in circles."""
 
 
 def place(path: Path) -> str:
@@ -63,6 +84,13 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield node.module or ""
 
 
+def members(tree: ast.AST) -> Iterator[str]:
+    """Full names of what a source imports from the package itself, as in ``from onnx_lowrank import runtime``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "onnx_lowrank":
+            yield from (f"onnx_lowrank.{alias.name}" for alias in node.names)
+
+
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -76,6 +104,31 @@ def test_a_source_imports_only_what_its_layer_may(source: Path) -> None:
     for module in imports(parsed(source)):
         allowed = MAY_IMPORT.get(module.partition(".")[0])
         assert allowed is None or place(source).startswith(allowed), f"{place(source)} imports {module}"
+
+
+def room(path: str) -> str:
+    """The folder of a source in the package, or its own name."""
+    return path.partition("/")[0].removesuffix(".py")
+
+
+def test_every_source_has_its_room_in_the_flow(source: Path) -> None:
+    assert room(place(source)) in FLOW, "a new folder has a place in FLOW, and a line in CONTRIBUTING.md"
+
+
+def test_a_source_imports_only_what_stands_before_it_in_the_flow(source: Path) -> None:
+    own = FLOW.index(room(place(source)))
+    for module in (*imports(parsed(source)), *members(parsed(source))):
+        top, _, inner = module.partition(".")
+        there = room(inner.replace(".", "/"))
+        if top == "onnx_lowrank" and inner and there in FLOW:
+            assert FLOW.index(there) <= own, f"{place(source)} imports {module}, which comes after it"
+
+
+def test_the_rooms_of_the_flow_are_explained() -> None:
+    explained = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in FLOW:
+        shown = f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
+        assert f"`{shown}`" in explained or name.startswith("__"), f"{shown} is not in CONTRIBUTING.md"
 
 
 def test_the_numeric_core_knows_numbers_only() -> None:

@@ -14,8 +14,8 @@ import models
 import onnx_lowrank as lr
 from onnx_lowrank.config import make_config
 from onnx_lowrank.decompositions import is_joint
-from onnx_lowrank.planner import Planner
-from onnx_lowrank.plans import plan_to_dict
+from onnx_lowrank.planning.planner import Planner
+from onnx_lowrank.planning.plans import plan_to_dict
 from onnx_lowrank.recipes import find_recipe
 from onnx_lowrank.recipes.joint_svd import plan_of
 from onnx_lowrank.runtime import OPTIMIZED, RunSettings, Session

@@ -18,11 +18,12 @@ from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 import onnx_lowrank as lr
-from onnx_lowrank import bench, rewrite
 from onnx_lowrank.cli import main
 from onnx_lowrank.graph import datafile
 from onnx_lowrank.graph.datafile import DataFile, is_large
 from onnx_lowrank.graph.model import load
+from onnx_lowrank.rewriting import rewrite
+from onnx_lowrank.search import bench
 from onnx_lowrank.types import LowRankError
 from tests.helpers import normal, parse
 
@@ -237,7 +238,7 @@ def make_deep(path: Path) -> None:
 
 def child(source: str, warm: str, out: str) -> None:
     """How much more memory a model takes than a small one, in MB, to standard output."""
-    from onnx_lowrank import parts
+    from onnx_lowrank.verification import parts
 
     gc.disable()  # what is large is let go at once, and not when it happens to be found
     datafile.LARGE_BYTES, parts.PartSession.__init__.__kwdefaults__["part_bytes"] = 1 << 20, 1 << 23

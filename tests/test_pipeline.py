@@ -14,10 +14,11 @@ import pytest
 
 import models
 import onnx_lowrank as lr
-from onnx_lowrank import bench, parallel
-from onnx_lowrank.latency import LatencyTable
-from onnx_lowrank.plans import plan_to_dict
-from onnx_lowrank.verify import Latency
+from onnx_lowrank.latency.table import LatencyTable
+from onnx_lowrank.planning.plans import plan_to_dict
+from onnx_lowrank.search import bench
+from onnx_lowrank.verification.verify import Latency
+from onnx_lowrank.work import parallel
 from tests import tiny
 from tests.helpers import assert_close, normal, parse, run
 

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 import onnx_lowrank as lr
-from onnx_lowrank.calibrate import collect
+from onnx_lowrank.calibration.calibrate import collect
 from onnx_lowrank.candidates import Group, price
 from onnx_lowrank.config import make_config
 from onnx_lowrank.decompositions import find_decomposition, lift
@@ -40,13 +40,13 @@ from onnx_lowrank.decompositions.weighted import output_spectrum
 from onnx_lowrank.graph.save import save
 from onnx_lowrank.graph.segments import cuts
 from onnx_lowrank.graph.splice import Replacement, splice
-from onnx_lowrank.parallel import Work
-from onnx_lowrank.planner import Planner
+from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.ranks import evbmf
-from onnx_lowrank.rewrite import rewrite
+from onnx_lowrank.rewriting.rewrite import rewrite
 from onnx_lowrank.runtime import RunSettings, Session, time_pair
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Candidate, LayerStatistics, LowRankError, Plan, no_progress
+from onnx_lowrank.work.parallel import Work
 from tools.cifar import inputs, lossless
 
 Feeds = dict[str, np.ndarray]

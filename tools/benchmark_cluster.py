@@ -27,8 +27,8 @@ os.environ["ONNX_LOWRANK_CACHE"] = ""
 
 import models
 import onnx_lowrank as lr
-from onnx_lowrank import parallel
-from onnx_lowrank.plans import plan_to_dict
+from onnx_lowrank.planning.plans import plan_to_dict
+from onnx_lowrank.work import parallel
 
 ALONE = (
     "from threadpoolctl import threadpool_limits; import numpy as np\n"

@@ -18,7 +18,7 @@ from pathlib import Path
 from onnx_lowrank.budgets.knapsack import OutOfReach
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.save import save
-from onnx_lowrank.planner import Planner
+from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.runtime import mnn_version, time_pair, version
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Budget, Plan, no_progress

@@ -22,7 +22,7 @@ import models
 import onnx_lowrank as lr
 from onnx_lowrank.budgets.enc import enc_model
 from onnx_lowrank.config import make_config
-from onnx_lowrank.planner import Planner
+from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.recipes import find_recipe
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Budget, Cost, no_progress
@@ -68,7 +68,7 @@ def seconds_on_vgg(ratio: float) -> None:
     recipe = find_recipe("automatic_rank")
     config = recipe.configure(make_config(budget={"macs": ratio}, recipe="automatic_rank"))
     planner = Planner(open_subject(models.build("vgg16", 0), config), config, no_progress, recipe.policy(config))
-    candidates = planner.candidates()
+    candidates = planner.sets.all()
     original = planner.subject.cost
     rest = original - sum((group[0].cost for group in candidates), Cost(0, 0))
     start = time.perf_counter()

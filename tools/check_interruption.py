@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 import models
-from onnx_lowrank import cli, parallel
+from onnx_lowrank import cli
 from onnx_lowrank.cache import FOLDER, LIMIT
 from onnx_lowrank.types import Candidate
+from onnx_lowrank.work import parallel
 
 OPTIONS = "--budget macs=0.6 --methods svd,cp3,spatial_svd --align 16"
 

@@ -108,7 +108,7 @@ def member_key(member: Any) -> tuple[Any, ...]:
 def environment() -> dict[str, str]:
     """All that decides about the last bits of a result, beside its inputs: two processes that agree in it compute the same.
 
-    The number of threads is not among it: see :func:`onnx_lowrank.parallel.run_all`.
+    The number of threads is not among it: see :func:`onnx_lowrank.work.parallel.run_all`.
     """
     pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
     # others may be loaded too, by what else the process works with

@@ -15,6 +15,7 @@ import numpy as np
 from onnx_lowrank.data.dataset import Dataset
 from onnx_lowrank.data.pieces import Piece, window
 from onnx_lowrank.graph.tensors import read_tensor_file
+from onnx_lowrank.runtime import Feeds
 from onnx_lowrank.types import InputSpec, LowRankError
 
 WANTED = "dict[str, ndarray] or (dict, labels)"
@@ -204,3 +205,21 @@ def _array(value: Any, where: str) -> np.ndarray:
     if array.dtype.kind not in "biufV":  # V: the small floats of ml_dtypes
         raise LowRankError(f"{where} is of dtype {array.dtype}, expected numbers")
     return array
+
+
+def random_feeds(inputs: Iterable[tuple[str, tuple[int, ...], np.dtype]], seed: int = 0) -> Feeds:
+    """Feeds of the shapes given: standard normal numbers, or zeros where the input is not of floats."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.standard_normal(shape) if dtype.kind == "f" or dtype.name == "bfloat16" else np.zeros(shape)).astype(
+            dtype
+        )
+        for name, shape, dtype in inputs
+    }
+
+
+def first_feeds(batches: Iterator[tuple[Feeds, np.ndarray | None]]) -> Feeds:
+    """The feeds of the first batch."""
+    for feeds, _ in batches:
+        return feeds
+    raise LowRankError("the data holds no sample: at least one was expected")

@@ -8,22 +8,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_lowrank.decompositions.cp_algorithms import (
-    EXACT,
-    Factors,
-    Fit,
+from onnx_lowrank.decompositions.cp_algebra import Factors, balance, component_norms, relative_residual
+from onnx_lowrank.decompositions.cp_algorithms import EXACT, Fit, als, error_preserving_correction, tensor_power
+from onnx_lowrank.decompositions.cp_starts import (
     OrthogonalTerms,
-    als,
-    balance,
-    component_norms,
     compress,
-    error_preserving_correction,
     full_rank,
     generic_rank,
     orthogonal_terms,
     pencil_start,
-    relative_residual,
-    tensor_power,
 )
 from onnx_lowrank.decompositions.matrix import is_pointwise, pointwise
 from onnx_lowrank.decompositions.weighted import (

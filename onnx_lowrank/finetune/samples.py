@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_lowrank.calibrate import HELD_OUT
+from onnx_lowrank.calibration.calibrate import HELD_OUT
 from onnx_lowrank.data.dataset import Dataset
 from onnx_lowrank.types import LowRankError
 

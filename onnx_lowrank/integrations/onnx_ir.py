@@ -1,43 +1,19 @@
-"""onnx-ir models at the public boundary, and a pass for its pipelines; needs the extra ``onnx-ir``."""
+"""A pass for pipelines of onnx-ir; needs the extra ``onnx-ir``."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 
 from onnx_lowrank.config import Config
+from onnx_lowrank.interop.onnx_ir import from_proto, to_proto
 from onnx_lowrank.pipeline import compress, configured
 from onnx_lowrank.report.data import Report
 from onnx_lowrank.types import LowRankError
 
 logger = logging.getLogger(__name__)
-
-
-def accepts(model: Any) -> bool:
-    return isinstance(model, ir.Model)
-
-
-def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """The model as a ModelProto that holds all of its initializers: only the model knows the folder of those in files.
-
-    Raises
-    ------
-    LowRankError
-        Where a file of its initializers cannot be read.
-    """
-    try:
-        return ir.to_proto(ir.external_data.load_to_model(model.clone()))
-    except OSError as error:
-        raise LowRankError(
-            f"initializers of the onnx-ir Model given cannot be read ({error}): load it again"
-        ) from error
-
-
-def from_proto(proto: onnx.ModelProto) -> ir.Model:
-    return ir.from_proto(proto)
 
 
 class LowRankPass(ir.passes.InPlacePass):

@@ -21,7 +21,7 @@ from onnx_lowrank.data import DataSource, Feeds, Preprocess, open_data
 from onnx_lowrank.graph.shapes import model_inputs
 from onnx_lowrank.subject import open_model
 from onnx_lowrank.types import InputSpec, LowRankError
-from onnx_lowrank.verify import NEED_LABELS, find_metric, is_broken
+from onnx_lowrank.verification.metrics import NEED_LABELS, find_metric, is_broken
 
 logger = logging.getLogger(__name__)
 

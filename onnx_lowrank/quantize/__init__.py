@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from onnx_lowrank.calibrate import Batch, few
+from onnx_lowrank.calibration.calibrate import Batch, few
+from onnx_lowrank.data.feeds import random_feeds
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
 from onnx_lowrank.graph.limits import dtype_of
 from onnx_lowrank.graph.model import Model, serialize
@@ -23,7 +24,6 @@ from onnx_lowrank.quantize.equalize import equalized
 from onnx_lowrank.quantize.qdq import check_unquantized, insert_qdq, quantizable
 from onnx_lowrank.quantize.ranges import Ranges, find_ranges
 from onnx_lowrank.runtime import RunSettings, Session
-from onnx_lowrank.verify import random_feeds
 
 __all__ = [
     "Choice",

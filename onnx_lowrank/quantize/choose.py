@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_lowrank.calibrate import Batch, few
+from onnx_lowrank.calibration.calibrate import Batch, few
+from onnx_lowrank.calibration.sensitivity import difference
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.shapes import Shapes
 from onnx_lowrank.quantize.qdq import LINEAR, insert_qdq
 from onnx_lowrank.quantize.ranges import Ranges
 from onnx_lowrank.runtime import RunSettings, Session
-from onnx_lowrank.sensitivity import difference
 
 ALIKE = 1.03
 """Times within this factor of each other are alike: the smaller error decides."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_lowrank.calibrate import Batch
+from onnx_lowrank.calibration.calibrate import Batch
 from onnx_lowrank.graph.model import Model, readers
 from onnx_lowrank.graph.plain import PlainGraph, PlainNode, plain_graph, with_values
 from onnx_lowrank.quantize.ranges import outputs_of

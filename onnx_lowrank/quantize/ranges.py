@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from onnx_lowrank.calibrate import Batch, parts
+from onnx_lowrank.calibration.calibrate import Batch, parts
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.shapes import with_outputs
 from onnx_lowrank.runtime import RunSettings, Session

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from onnx_lowrank.bench import Attempt, Bench
 from onnx_lowrank.config import Config
-from onnx_lowrank.planner import Planner, Policy
+from onnx_lowrank.planning.candidate_sets import Policy
+from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.recipes import automatic_rank, default, joint_svd, orthogonal, vbmf_cp
+from onnx_lowrank.search.bench import Attempt, Bench
 from onnx_lowrank.types import member_of
 
 

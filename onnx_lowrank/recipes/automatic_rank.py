@@ -23,13 +23,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnx_lowrank.bench import Attempt, Bench
 from onnx_lowrank.budgets.knapsack import OutOfReach
 from onnx_lowrank.candidates import Group
 from onnx_lowrank.config import METHODS, Config
 from onnx_lowrank.decompositions.matrix import is_pointwise
-from onnx_lowrank.planner import Planner, Policy
-from onnx_lowrank.search import NOTHING_TO_GAIN, loss, within_budgets
+from onnx_lowrank.planning.candidate_sets import Policy
+from onnx_lowrank.planning.planner import Planner
+from onnx_lowrank.search.bench import Attempt, Bench
+from onnx_lowrank.search.search import NOTHING_TO_GAIN, loss, within_budgets
 from onnx_lowrank.types import Budget, LowRankError
 
 STEP = 0.1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from onnx_lowrank.bench import Attempt, Bench
 from onnx_lowrank.config import Config
-from onnx_lowrank.planner import Planner, Policy
-from onnx_lowrank.search import within_budgets, within_drop
+from onnx_lowrank.planning.candidate_sets import Policy
+from onnx_lowrank.planning.planner import Planner
+from onnx_lowrank.search.bench import Attempt, Bench
+from onnx_lowrank.search.search import within_budgets, within_drop
 
 
 def configure(config: Config) -> Config:

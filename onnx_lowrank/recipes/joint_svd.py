@@ -21,12 +21,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onnx_lowrank.bench import Attempt, Bench
 from onnx_lowrank.candidates import Group, chain_params, price
 from onnx_lowrank.config import METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, is_joint, lift
 from onnx_lowrank.graph.sections import alike
-from onnx_lowrank.planner import Planner, Policy
+from onnx_lowrank.planning.candidate_sets import Policy
+from onnx_lowrank.planning.planner import Planner
+from onnx_lowrank.search.bench import Attempt, Bench
 from onnx_lowrank.types import Candidate, Layer, LowRankError, Plan
 
 DEFAULT = "joint_left"

@@ -22,15 +22,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnx_lowrank.bench import Attempt, Bench
 from onnx_lowrank.candidates import Group, is_spatial_convolution, price, refused
 from onnx_lowrank.config import METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.matrix import is_pointwise
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.plain import PlainGraph, is_floating, plain_graph, with_values
-from onnx_lowrank.planner import Planner, Policy
-from onnx_lowrank.rewrite import LayerReport
+from onnx_lowrank.planning.candidate_sets import Policy
+from onnx_lowrank.planning.planner import Planner
+from onnx_lowrank.rewriting.rewrite import LayerReport
+from onnx_lowrank.search.bench import Attempt, Bench
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Candidate, LowRankError
 

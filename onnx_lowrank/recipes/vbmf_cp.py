@@ -25,14 +25,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnx_lowrank.bench import Attempt, Bench
 from onnx_lowrank.candidates import Group, is_spatial_convolution, price, refused
 from onnx_lowrank.config import METHODS, Config
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.decompositions.cp import CP3
-from onnx_lowrank.planner import Planner, Policy
+from onnx_lowrank.planning.candidate_sets import Policy
+from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.ranks import parse_estimator
-from onnx_lowrank.rewrite import LayerReport
+from onnx_lowrank.rewriting.rewrite import LayerReport
+from onnx_lowrank.search.bench import Attempt, Bench
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Candidate, Factorization, LowRankError
 

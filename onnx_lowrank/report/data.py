@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from onnx_lowrank import runtime
-from onnx_lowrank.rewrite import LayerReport
+from onnx_lowrank.rewriting.rewrite import LayerReport
 from onnx_lowrank.runtime import Partitions
 from onnx_lowrank.types import Skip
-from onnx_lowrank.verify import Accuracy, Latency
+from onnx_lowrank.verification.verify import Accuracy, Latency
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Step:
     latency
         Share of the original's latency that the plan foretold; None where no plan was made by time.
     accuracy, drop, drop_upper_95
-        As in :class:`~onnx_lowrank.verify.Accuracy`.
+        As in :class:`~onnx_lowrank.verification.verify.Accuracy`.
     chosen
         Whether this is the result.
     """

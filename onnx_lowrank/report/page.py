@@ -17,11 +17,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from onnx_lowrank.details import LayerDetails
 from onnx_lowrank.files import write_whole
-from onnx_lowrank.pipeline import Inspection, Result, Verification
 from onnx_lowrank.report import numbers
 from onnx_lowrank.report.data import BudgetResult, Report, Size, TargetResult, environment, package_version
+from onnx_lowrank.report.details import LayerDetails
 from onnx_lowrank.report.panels import (
     METRIC_OF,
     Panel,
@@ -30,9 +29,10 @@ from onnx_lowrank.report.panels import (
     search_metric,
     step_cost,
 )
+from onnx_lowrank.report.results import Inspection, Result, Verification
 from onnx_lowrank.runtime import simulated
 from onnx_lowrank.types import DENSE, Cost, LowRankError, Skip, printable
-from onnx_lowrank.verify import Accuracy, Latency
+from onnx_lowrank.verification.verify import Accuracy, Latency
 
 HASHED_BYTES = 1 << 20
 """Read at a time to tell a model's hash."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx_lowrank.candidates import show_rank
-from onnx_lowrank.details import ERROR_KINDS, Curve, LayerDetails, Spectrum
 from onnx_lowrank.report.charts import Axis, Chart, ceiling
 from onnx_lowrank.report.data import Report, Step
+from onnx_lowrank.report.details import ERROR_KINDS, Curve, LayerDetails, Spectrum
 from onnx_lowrank.report.numbers import PERCENT, TIMES, difference, digits, figure, percent
 from onnx_lowrank.types import Rank, Skip
 

@@ -9,12 +9,12 @@ from rich import box, markup
 from rich.table import Table
 
 from onnx_lowrank.candidates import show_rank
-from onnx_lowrank.pipeline import Inspection, Verification
 from onnx_lowrank.report import numbers
 from onnx_lowrank.report.data import Report, Size, TargetResult
+from onnx_lowrank.report.results import Inspection, Verification
 from onnx_lowrank.runtime import simulated
 from onnx_lowrank.types import Skip, printable
-from onnx_lowrank.verify import Accuracy, Latency
+from onnx_lowrank.verification.verify import Accuracy, Latency
 
 Renderable = Table | str
 

@@ -3,26 +3,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_lowrank.decompositions.cp_algorithms import (
-    Fit,
-    als,
+from onnx_lowrank.decompositions.cp_algebra import (
     balance,
     component_norms,
     compose,
-    compress,
     contract_first,
-    error_preserving_correction,
-    full_rank,
-    generic_rank,
     khatri_rao,
     mttkrp_first,
     mttkrp_rest,
-    orthogonal_terms,
-    pencil_start,
     relative_residual,
     ridge_solve,
-    tensor_power,
 )
+from onnx_lowrank.decompositions.cp_algorithms import Fit, als, error_preserving_correction, tensor_power
+from onnx_lowrank.decompositions.cp_starts import compress, full_rank, generic_rank, orthogonal_terms, pencil_start
 
 LETTERS = "abcde"
 

@@ -11,7 +11,7 @@ import pytest
 
 import models
 import onnx_lowrank as lr
-from onnx_lowrank.integrations import from_proto, to_proto
+from onnx_lowrank.interop import from_proto, to_proto
 from tests import tiny
 from tests.helpers import run
 

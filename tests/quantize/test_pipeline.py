@@ -75,7 +75,7 @@ def test_the_promise_is_held_by_the_quantised_model() -> None:
 
 
 def test_latency_is_planned_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnx_lowrank.latency.TABLE_SECONDS", 3.0)
+    monkeypatch.setattr("onnx_lowrank.latency.table.TABLE_SECONDS", 3.0)
     options = {"methods": "channel_svd", "include": ("conv4", "block*"), "quantize": "int8", **DATA}
     plan = lr.analyze(str(DIGITS), budget={"latency": 0.9}, **options)
     dense = [c for c in plan.choices if c.dense]

@@ -18,16 +18,16 @@ import onnx_lowrank as lr
 from onnx_lowrank import cli
 from onnx_lowrank.cli import main
 from onnx_lowrank.decompositions import DECOMPOSITIONS
-from onnx_lowrank.details import Curve, LayerDetails, spectrum
-from onnx_lowrank.pipeline import Result
 from onnx_lowrank.report import page
 from onnx_lowrank.report.data import BudgetResult, Report, Size, Step, TargetResult
+from onnx_lowrank.report.details import Curve, LayerDetails, spectrum
 from onnx_lowrank.report.page import Origin, inspection_page, result_page, verification_page, write_page
 from onnx_lowrank.report.panels import search_chart
-from onnx_lowrank.rewrite import LayerReport
+from onnx_lowrank.report.results import Result
+from onnx_lowrank.rewriting.rewrite import LayerReport
 from onnx_lowrank.runtime import Partitions
 from onnx_lowrank.types import Skip
-from onnx_lowrank.verify import Accuracy, Latency
+from onnx_lowrank.verification.verify import Accuracy, Latency
 from tests.helpers import parse
 from tests.report.browser import Browser, needs_chromium, open_browser
 

@@ -16,7 +16,7 @@ import pytest
 from onnx_lowrank.report import data
 from onnx_lowrank.report.data import BudgetResult, Report, Size, environment, package_version, plain
 from onnx_lowrank.types import Skip
-from onnx_lowrank.verify import Accuracy
+from onnx_lowrank.verification.verify import Accuracy
 
 
 def report(*budgets: BudgetResult, **more: Any) -> Report:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from onnx_lowrank.pipeline import Inspection, LayerView, Verification
 from onnx_lowrank.report.data import BudgetResult, Report, Size
+from onnx_lowrank.report.results import Inspection, LayerView, Verification
 from onnx_lowrank.report.text import SHOWN_SKIPS, render_inspection, render_report, render_verification
-from onnx_lowrank.rewrite import LayerReport
+from onnx_lowrank.rewriting.rewrite import LayerReport
 from onnx_lowrank.types import Candidate, Cost, Skip
-from onnx_lowrank.verify import Accuracy, Latency
+from onnx_lowrank.verification.verify import Accuracy, Latency
 
 LONG = "/backbone/features/stage3/block.11/expanded_convolution/Conv_output_0_quantized"
 

@@ -16,8 +16,8 @@ import onnx_lowrank as lr
 from onnx_lowrank.cli import main
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.model import Model, load
-from onnx_lowrank.placement import Placement
-from onnx_lowrank.planner import Planner
+from onnx_lowrank.planning.placement import Placement
+from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.quantize import as_quantized
 from onnx_lowrank.runtime import Partitions, block_size, known_providers
 from onnx_lowrank.subject import open_subject
@@ -64,7 +64,7 @@ def view(model: onnx.ModelProto, target: str) -> tuple[set[str], list[str]]:
     """Decompositions that a layer could take for a target, and why it is left alone."""
     config = make_config(target=target, **QUICK)
     planner = Planner(open_subject(model, config), config, no_progress)
-    (group,) = planner.candidates()
+    (group,) = planner.sets.all()
     return {c.decomposition for c in group} - {"dense"}, [skip.reason for skip in planner.skips()]
 
 

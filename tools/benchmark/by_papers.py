@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_lowrank.calibrate import collect
+from onnx_lowrank.calibration.calibrate import collect
 from onnx_lowrank.candidates import Group
 from onnx_lowrank.config import make_config
-from onnx_lowrank.planner import Planner
-from onnx_lowrank.rewrite import rewrite
+from onnx_lowrank.planning.planner import Planner
+from onnx_lowrank.rewriting.rewrite import rewrite
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import no_progress
 from tools.benchmark_accuracy import Pick, at_share, batches, same_energy, same_share, spectra, whitened_model

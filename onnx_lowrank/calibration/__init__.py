@@ -1,0 +1,1 @@
+"""With samples: what each layer sees, and what an error in it does to the outputs."""

@@ -1,0 +1,104 @@
+"""The calibration samples of a run: what layers are fitted to, what they see of it, and what is held apart."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+from onnx_lowrank.calibration.calibrate import Batch, collect, count, held_apart, together
+from onnx_lowrank.planning.run import Run
+from onnx_lowrank.subject import open_config_data
+from onnx_lowrank.types import Layer, LayerStatistics
+
+CALIBRATION_SAMPLES = 2048
+"""Samples that layers are fitted on at most; a few hundred do nearly as well."""
+
+BATCH, BATCH_BYTES = 64, 1 << 23
+"""Samples run at a time, and bytes of their inputs: a few times as much is alive inside the network."""
+
+FITTING_BYTES = 4 << 30
+"""Most bytes of activations kept for fitting layers one after the other: of large pictures, fewer samples are used."""
+
+
+class Fitting:
+    """Samples of a run, read once.
+
+    Parameters
+    ----------
+    run
+        Whose ``calibrate`` they are.
+    plain
+        True where kernels are those of the weights alone: samples only measure.
+    """
+
+    def __init__(self, run: Run, plain: bool) -> None:
+        self._run = run
+        self.wanted = run.config.calibrate is not None and not plain
+        """Whether kernels are fitted to samples."""
+        self.used = 0, 0
+        """Samples that layers were fitted on one after the other, of how many."""
+
+    @cached_property
+    def feeds(self) -> list[Batch] | None:
+        """All samples, batch by batch; None where the user gave none."""
+        subject, config = self._run.subject, self._run.config
+        data = open_config_data("calibrate", subject.inputs, config)
+        if data is None:
+            return None
+        shapes = subject.sample_shapes
+        size = sum(item.dtype.itemsize * math.prod(shapes[item.name]) for item in subject.inputs)
+        batch = max(1, min(BATCH, BATCH_BYTES // max(size, 1)))
+        return [feeds for feeds, _ in data.take(CALIBRATION_SAMPLES).batches(batch)]
+
+    def apart(self) -> list[Batch]:
+        """Samples that nothing was fitted to."""
+        feeds = self.feeds or []
+        return held_apart(feeds)[1] if self.wanted else feeds
+
+    @cached_property
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """What the layers see, where there are samples to fit to; those that read one kernel, what they see together."""
+        run, feeds = self._run, self.feeds
+        if feeds is None or not self.wanted:
+            return {}
+        with run.stage("calibrate"):
+            seen = collect(
+                run.subject.model,
+                run.subject.found,
+                [name for group in run.subject.groups for name in group.names],
+                held_apart(feeds)[0],
+                seed=run.config.seed,
+                kept=run.kept,
+                progress=run.progress,
+            )
+        for names in self.tied:
+            seen |= dict.fromkeys(names, together([seen[name] for name in names])) if names[0] in seen else {}
+        return seen
+
+    @property
+    def tied(self) -> list[tuple[str, ...]]:
+        """Names of the layers of each group that reads one kernel several times."""
+        return [group.names for group in self._run.subject.groups if len(group.layers) > 1]
+
+    def with_room(self) -> list[Batch] | None:
+        """Samples that the layers are fitted on: as many as have room with all that is alive in both networks."""
+        feeds = self.feeds
+        if feeds is None:
+            return None
+        alive = max((_alive(layer) for layer in self._run.subject.found.layers), default=0)
+        room, few = FITTING_BYTES, list[Batch]()
+        for batch in feeds:
+            room -= alive * count([batch])
+            if few and room < 0:
+                break
+            few.append(batch)
+        self.used = count(few), count(feeds)
+        return few
+
+
+def _alive(layer: Layer) -> int:
+    """Bytes of a sample at a layer: its input, output and one more of that size, in two networks."""
+    spec = layer.spec
+    after = spec.output_size(layer.input_size)
+    into, out = spec.in_channels * math.prod(layer.input_size), spec.out_channels * math.prod(after)
+    return 8 * layer.batch * (into + 2 * out)

@@ -1,0 +1,62 @@
+"""What the figures of a run mean for the user, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnx_lowrank import runtime
+from onnx_lowrank.planning.planner import Planner
+from onnx_lowrank.report.data import TargetResult
+from onnx_lowrank.rewriting.rewrite import LayerReport
+from onnx_lowrank.verification.verify import Accuracy, Latency
+
+
+def on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, ...]:
+    """What is known of the target, and what is not."""
+    target, provider = planner.target, planner.config.provider
+    if target.name == "cpu":
+        return ()
+    notes = [
+        f"target {result.name} takes the result worse than the original: do not use it there"
+        for result in results
+        if not result.met
+    ]
+    if not results and not planner.timed_on_target and target.without:
+        notes.append(f"how {target.name} cuts the models is not told without it; checked here: {target.without}")
+    if planner.target.results:
+        notes.append("run `bench.py --pair ORIGINAL RESULT` on the device to measure what is predicted here")
+    if not planner.timed_on_target:
+        notes.append(f"times are those of {provider} on this machine, and say nothing of {target.name}")
+    return tuple(notes)
+
+
+def of_provider(latency: Latency) -> tuple[str, ...]:
+    """What the provider left to others, and whether it is the device that it is called after."""
+    return tuple(note for note in (latency.fallback, runtime.simulated(latency.provider)) if note)
+
+
+def advice(planner: Planner, layers: Sequence[LayerReport], accuracy: Accuracy, latency: Latency) -> tuple[str, ...]:
+    """What the figures mean for the user."""
+    notes = []
+    if planner.config.calibrate is None and layers:
+        notes.append(
+            "no calibration data was given: the weights alone decided, and accuracy suffers more than it has to; "
+            "a few hundred unlabelled samples (--calibrate) bring most of it back"
+        )
+    used, given = planner.fitting.used
+    if used < given:
+        notes.append(
+            f"layers were fitted on {used} of {given} calibration samples: the activations of more do not fit into memory"
+        )
+    if layers and latency.speedup_high_95 < 1 and planner.timed_on_target:
+        notes.append(
+            f"the result is slower than the original ({latency.speedup:.2f}x): its layers are too small for this machine "
+            f"to gain; use --max-drop, or leave layers out with --exclude"
+        )
+    notes += of_provider(latency)
+    if accuracy.broken:
+        notes.append(f"{accuracy.broken} sample(s) give NaN or infinity: do not use this model")
+    stuck = [layer.name for layer in layers if not layer.converged]
+    if stuck:
+        notes.append(f"{len(stuck)} factorisation(s) stopped before they converged: {', '.join(stuck[:3])}")
+    return tuple(notes)

@@ -1,0 +1,124 @@
+"""What the public functions give back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.save import save
+from onnx_lowrank.report.data import Report, Size, TargetResult, plain
+from onnx_lowrank.report.details import LayerDetails
+from onnx_lowrank.runtime import Feeds
+from onnx_lowrank.runtime.ort_format import SUFFIX, save_ort
+from onnx_lowrank.types import Candidate, Cost, Plan, Skip
+from onnx_lowrank.verification.verify import Accuracy, Latency
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` and `apply` give back.
+
+    Parameters
+    ----------
+    model
+        Of the kind that was given: a ModelProto (also for a path), a graphsurgeon Graph or an onnx-ir Model. The tensors of
+        one with more than 1 GB of external data stay outside, in `folder`, for as long as the result is alive: `save` it.
+    plan, report
+        What was decided, and what came of it.
+    details
+        What the page of a report shows of each layer; empty where it was not asked for.
+    """
+
+    model: Any
+    plan: Plan
+    report: Report
+    _written: Model = field(repr=False)
+    _feeds: Feeds = field(repr=False)
+    _compiled: bool = field(repr=False)
+    details: tuple[LayerDetails, ...] = field(default=(), repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """What the places of external data in `model` are relative to."""
+        return self._written.folder
+
+    @property
+    def met(self) -> bool:
+        """Whether everything asked for was reached."""
+        return self.report.met
+
+    def save(self, path: str | Path) -> None:
+        """Write the model, in the format of mobile builds where `path` ends in ``.ort``.
+
+        See :func:`onnx_lowrank.graph.save.save` and :func:`onnx_lowrank.runtime.ort_format.save_ort`.
+        """
+        if Path(path).suffix == SUFFIX:
+            save_ort(self._written, Path(path), self._feeds, compiled=self._compiled)
+        else:
+            save(self._written, path)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Two models side by side.
+
+    Parameters
+    ----------
+    original, compressed
+        Counted on the two models themselves.
+    accuracy, latency
+        Measured on the same samples, and in turn.
+    notes
+        What the user should know.
+    environment
+        Versions and machine.
+    targets
+        How the target asked for would cut both models, where that can be told without it.
+    """
+
+    original: Size
+    compressed: Size
+    accuracy: Accuracy
+    latency: tuple[Latency, ...]
+    notes: tuple[str, ...]
+    environment: dict[str, str]
+    targets: tuple[TargetResult, ...] = ()
+
+    @property
+    def met(self) -> bool:
+        """Whether the provider asked for ran a part of both models at least, and the target takes the second no worse."""
+        timed = not any(math.isnan(latency.speedup) for latency in self.latency)
+        return timed and all(target.met for target in self.targets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return plain(asdict(self))
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """A layer as `inspect` shows it: `half` is its best candidate at no more than half of its MACs and parameters."""
+
+    name: str
+    op_type: str
+    weight_shape: tuple[int, ...]
+    macs: int
+    params: int
+    half: Candidate | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a model and what each layer could become."""
+
+    cost: Cost
+    layers: tuple[LayerView, ...]
+    skips: tuple[Skip, ...]
+    notes: tuple[str, ...]
+    sections: tuple[tuple[str, ...], ...] = ()
+    """Layers that repeat, and may share a factor of their kernels (``joint_*``)."""
+    details: tuple[LayerDetails, ...] = field(default=(), repr=False)
+    """What a page shows of each layer; empty where it was not asked for."""

@@ -1,0 +1,1 @@
+"""Plans made, carried out and measured in turn, until what was asked for holds."""

@@ -1,0 +1,1 @@
+"""Accuracy, latency and placement of two models, side by side."""

@@ -1,0 +1,198 @@
+"""A function mapped over layers: here, in processes of this machine or on a cluster, and only where it was not before.
+
+Results do not depend on where, nor on how many work at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import joblib
+from threadpoolctl import threadpool_limits
+
+from onnx_lowrank.cache import Store, environment, fingerprint
+from onnx_lowrank.randomized import exact_wanted
+from onnx_lowrank.types import Progress
+
+Given = TypeVar("Given")
+Outcome = TypeVar("Outcome")
+
+LARGE = 1 << 23
+"""Kernels of more elements than this are worked on one at a time, with all cores inside the linear algebra."""
+
+WORTH_A_PROCESS = 1 << 20
+"""Starting processes takes about a second: below this many elements in all, it is not worth it."""
+
+
+WATCH_SECONDS = 1.0
+"""How often a process looks whether the one that started it is still there."""
+
+
+@dataclass(frozen=True)
+class Task(Generic[Given]):
+    """What is to be done for one layer, or a group of them.
+
+    Parameters
+    ----------
+    given
+        What the function takes, with its kernels still in the model.
+    size
+        Elements that are worked on.
+    key
+        All that the outcome depends on; see :func:`onnx_lowrank.cache.fingerprint`. None is never kept.
+    placed
+        Whether `given` can be sent as it is, so that its kernels are read from the model's file where the work is done.
+    """
+
+    given: Given
+    size: int
+    key: tuple[Any, ...] | None = None
+    placed: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where work is done, and what is kept of it.
+
+    Parameters
+    ----------
+    jobs
+        Processes for small tasks.
+    cluster
+        Address of a Dask scheduler, whose workers do the small tasks instead.
+    store
+        Cache of results; None for none.
+    """
+
+    jobs: int = 1
+    cluster: str | None = None
+    store: Store | None = None
+
+
+def run_all(
+    function: Callable[[Given], Outcome],
+    tasks: Sequence[Task[Given]],
+    load: Callable[[Given], Given],
+    *,
+    work: Work,
+    progress: Progress,
+    stage: str,
+    keep: Callable[[int, Outcome], Any] | None = None,
+) -> list[Any]:
+    """``[function(load(task.given)) for task in tasks]``, less what is kept from before.
+
+    The number of threads decides the last bits of a matrix product. So small tasks always run on one thread and
+    large ones always on every core of this machine, whatever `work` says, and the same seed gives the same bytes.
+
+    Parameters
+    ----------
+    function
+        Picklable, as are what `load` returns and what comes out.
+    load
+        Reads the kernels of a task, when its turn comes: few of them are in memory at once.
+    keep
+        Called in this process with the number of a task and its outcome as soon as that is known; what it returns stands
+        for the outcome.
+    """
+    done: dict[int, Any] = {}
+    progress(stage, 0, len(tasks))
+    names = {index: _name(function, task) for index, task in enumerate(tasks)} if work.store else {}
+
+    def finish(index: int, outcome: Any) -> None:
+        done[index] = outcome if keep is None else keep(index, outcome)
+        progress(stage, len(done), len(tasks))
+
+    def take(outcomes: Iterable[tuple[int, Any]]) -> None:
+        for index, outcome in outcomes:
+            if work.store and (name := names[index]):
+                work.store.put(name, outcome)
+            finish(index, outcome)
+
+    for index, name in names.items():
+        if work.store and name and (kept := work.store.get(name)) is not None:
+            finish(index, kept)
+    # the largest first, so that no process is left with a long task at the end
+    order = sorted((i for i in range(len(tasks)) if i not in done), key=lambda i: -tasks[i].size)
+    small = [i for i in order if tasks[i].size <= LARGE]
+    if len(small) > 1 and sum(tasks[i].size for i in small) > WORTH_A_PROCESS:
+        if work.cluster:
+            from onnx_lowrank.work.cluster import on_cluster
+
+            take(on_cluster(work.cluster, function, load, {i: tasks[i] for i in small}))
+        elif work.jobs > 1:
+            take(_in_processes(function, load, {i: tasks[i] for i in small}, work.jobs))
+    take((i, on_one_thread(function, load(tasks[i].given))) for i in small if i not in done)
+    for index in order:
+        if index not in done:
+            with threadpool_limits(os.cpu_count()):
+                take([(index, function(load(tasks[index].given)))])
+    return [done[i] for i in range(len(tasks))]
+
+
+def _name(function: Callable[..., Any], task: Task[Any]) -> str | None:
+    """What the outcome of a task is kept under; None where that cannot be told."""
+    if task.key is None:
+        return None
+    threads = os.cpu_count() if task.size > LARGE else 1
+    try:
+        return fingerprint(environment(), function.__qualname__, threads, exact_wanted(), task.key)
+    except TypeError:
+        return None
+
+
+def _in_processes(
+    function: Callable[[Given], Outcome],
+    load: Callable[[Given], Given],
+    tasks: Mapping[int, Task[Given]],
+    jobs: int,
+) -> Iterator[tuple[int, Outcome]]:
+    """Outcomes by the index of their tasks, as they come from processes of this machine."""
+    calls = (joblib.delayed(_apart)(function, i, load(task.given)) for i, task in tasks.items())
+    watched = {"initializer": _end_with, "initargs": (os.getpid(),)}
+    # without max_nbytes every array sent would stay in a file in memory until the last task is done
+    outcomes = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", max_nbytes=None, **watched)(calls)
+    try:
+        # `yield from` would close them before the warning can be caught
+        for each in outcomes:  # noqa: UP028
+            yield each
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an interrupt, what is in hand is lost: that is meant
+            outcomes.close()
+
+
+def _apart(function: Callable[[Given], Outcome], index: int, given: Given) -> tuple[int, Outcome]:
+    return index, on_one_thread(function, given)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent does, which may be killed: nobody else would."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        os._exit(1)
+
+    if os.getppid() == 1 != parent:  # it is gone already
+        os._exit(1)
+    if os.getppid() == parent:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+_alone = threading.Lock()
+
+
+def on_one_thread(function: Callable[[Given], Outcome], given: Given) -> Outcome:
+    """``function(given)`` on one thread of the linear algebra.
+
+    The limit is that of the whole process, and the thread that set it first has the say: where a process has several, as
+    workers of a cluster may, they take turns.
+    """
+    with _alone, threadpool_limits(1):
+        return function(given)

@@ -1,0 +1,151 @@
+"""The bench: what it measures, what it refuses, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnx_lowrank.config import make_config
+from onnx_lowrank.graph.model import load
+from onnx_lowrank.planning.planner import Planner
+from onnx_lowrank.search import bench as bench_module
+from onnx_lowrank.search.bench import open_bench
+from onnx_lowrank.subject import open_subject
+from onnx_lowrank.types import LowRankError, no_progress
+from tests import tiny
+from tests.helpers import run
+
+
+def planner(model: Any = None, **options: Any) -> Planner:
+    config = make_config(**{"methods": "svd", "align": 1, "jobs": 1, **options})
+    return Planner(open_subject(tiny.classifier() if model is None else model, config), config, no_progress)
+
+
+def batches(**arrays: np.ndarray) -> list[Any]:
+    """Data in pieces of an odd size."""
+    labels = arrays.pop("labels")
+    return [({"x": arrays["x"][i : i + 9]}, labels[i : i + 9]) for i in range(0, len(labels), 9)]
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    return tmp_path / "scratch"
+
+
+def test_the_scratch_folder_goes_when_the_work_is_done_or_fails(scratch: Path) -> None:
+    with open_bench(planner()) as bench:
+        bench.attempt(bench.planner.smallest("macs"))
+        assert list(scratch.iterdir())
+    assert not list(scratch.iterdir())
+    with pytest.raises(LowRankError, match="no metric is called"), open_bench(planner(metric="beauty")):
+        pass
+    assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("size", [1, 7, 400])
+def test_accuracy_does_not_depend_on_how_many_samples_run_at_a_time(monkeypatch: Any, size: int) -> None:
+    data = tiny.labelled(tiny.classifier(), 100)
+    with open_bench(planner(evaluate=batches(**data))) as bench:
+        plan = bench.planner.smallest("macs")
+        monkeypatch.setattr(bench_module, "EVALUATION_BATCH", size)
+        attempt = bench.attempt(plan)
+        outputs = run(attempt.model.proto, {"x": data["x"]})[0]
+    assert attempt.accuracy.samples == 100
+    assert attempt.accuracy.compressed == pytest.approx((outputs.argmax(axis=1) == data["labels"]).mean(), abs=1e-12)
+    assert 0 < attempt.accuracy.compressed < 1
+
+
+def test_the_plan_that_changes_nothing_loses_nothing() -> None:
+    data = tiny.labelled(tiny.classifier(), 100)
+    with open_bench(planner(evaluate=batches(**data))) as bench:
+        attempt = bench.attempt(bench.planner.dense())
+    assert attempt.layers == ()
+    assert attempt.size == bench.original
+    assert attempt.accuracy.drop == 0
+    assert attempt.accuracy.others["cosine"] == pytest.approx(1)
+
+
+def test_calibration_samples_stand_in_for_missing_evaluation_samples() -> None:
+    with open_bench(planner(calibrate=[{"x": tiny.inputs(30)}])) as bench:
+        assert bench.attempt(bench.planner.dense()).accuracy.samples == 30
+        assert not bench.notes
+    both = planner(calibrate=[{"x": tiny.inputs(30)}], evaluate=[{"x": tiny.inputs(20)}])
+    with open_bench(both) as bench:
+        assert bench.attempt(bench.planner.dense()).accuracy.samples == 20
+
+
+def test_what_was_measured_is_what_was_written() -> None:
+    with open_bench(planner()) as bench:
+        attempt = bench.attempt(bench.planner.smallest("macs"))
+        written = onnx.load(attempt.path)
+        assert written == attempt.model.proto
+        assert attempt.size.size_bytes == attempt.path.stat().st_size
+    assert (attempt.size.macs, attempt.size.params) == tiny.count(written, {"x": tiny.inputs(1)})
+
+
+def test_a_model_with_other_outputs_is_refused() -> None:
+    other = tiny.classifier()
+    other.graph.output[0].name = other.graph.node[-1].output[0] = "z"
+    with open_bench(planner()) as bench, pytest.raises(LowRankError, match="different outputs"):
+        bench.measure(load(other), bench.planner.dense(), ())
+
+
+def test_a_rewritten_model_that_is_not_valid_is_refused() -> None:
+    broken = tiny.classifier()
+    broken.graph.node[1].input[0] = "nowhere"
+    with open_bench(planner()) as bench, pytest.raises(LowRankError, match="the rewritten model is not valid, please"):
+        bench.measure(load(broken), bench.planner.dense(), ())
+
+
+def test_a_model_that_no_runtime_can_run_is_refused_before_the_work() -> None:
+    # its sizes are all known, so that nothing but the bench has to run it
+    work = planner(tiny.strange("strange.domain.Relu"))
+    with pytest.raises(LowRankError, match="ONNX Runtime cannot load the model"), open_bench(work):
+        pass
+    assert work.seconds == {}
+
+
+def test_a_metric_of_ones_own_sees_all_outputs_and_labels_at_once(tmp_path: Path) -> None:
+    (tmp_path / "metric.py").write_text(
+        "def shapes(outputs, labels):\n    return 100 * len(outputs[0]) + len(labels) + 0.25 * len(outputs)\n"
+        "def unlabelled(outputs, labels):\n    return 1.0 if labels is None else 0.0\n"
+        "def fails(outputs, labels):\n    return outputs[5]\n"
+    )
+    data = tiny.labelled(tiny.classifier(), 40)
+    with open_bench(planner(evaluate=batches(**data), metric=f"{tmp_path}/metric.py:shapes")) as bench:
+        accuracy = bench.attempt(bench.planner.smallest("macs")).accuracy
+    assert (accuracy.original, accuracy.compressed, accuracy.drop) == (4040.25, 4040.25, 0)
+    with open_bench(planner(evaluate=[{"x": data["x"]}], metric=f"{tmp_path}/metric.py:unlabelled")) as bench:
+        assert bench.attempt(bench.planner.dense()).accuracy.original == 1
+    with (
+        open_bench(planner(evaluate=batches(**data), metric=f"{tmp_path}/metric.py:fails")) as bench,
+        pytest.raises(LowRankError, match=r"metric .*metric.py:fails raised IndexError: list index out of range"),
+    ):
+        bench.attempt(bench.planner.dense())
+
+
+def test_latency_is_that_of_both_models_on_the_same_feeds() -> None:
+    data = [{"x": tiny.inputs(30)}]
+    with open_bench(planner(evaluate=data, batch_size=5, threads=1)) as bench:
+        latency = bench.latency(bench.attempt(bench.planner.smallest("macs")))
+    assert (latency.provider, latency.threads, latency.batch) == ("CPUExecutionProvider", 1, 5)
+    assert latency.original_ms > 0 and latency.compressed_ms > 0
+    assert latency.original_ms <= latency.original_p90_ms and latency.compressed_ms <= latency.compressed_p90_ms
+    assert latency.speedup_low_95 <= latency.speedup <= latency.speedup_high_95
+    assert list(latency.placement) == ["CPUExecutionProvider"]
+    assert latency.placement["CPUExecutionProvider"] >= 4  # four Gemms, and the Relu where it is not fused
+
+
+def test_a_fixed_batch_is_kept() -> None:
+    model = tiny.classifier()
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    with open_bench(planner(model, batch_size=5)) as bench:
+        assert bench.latency(bench.attempt(bench.planner.smallest("macs"))).batch == 2
