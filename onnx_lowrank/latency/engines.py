@@ -19,7 +19,6 @@ from onnx_lowrank.runtime import (
     RunSettings,
     Session,
     disagreement,
-    give_back_memory,
     mnn_version,
     processor,
     time_pair,
@@ -28,6 +27,7 @@ from onnx_lowrank.runtime import (
 from onnx_lowrank.subject import Subject
 from onnx_lowrank.types import LowRankError, Progress
 from onnx_lowrank.verification.verify import Feeds, Latency, check_latency
+from onnx_lowrank.work.memory import give_back_memory
 
 ROUNDS, ROUND_SECONDS, CHECK_SECONDS = 600, 1.6, 5.0
 """Of one model beside the original; a whole plan is looked at for longer."""

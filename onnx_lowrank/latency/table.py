@@ -40,7 +40,6 @@ from onnx_lowrank.runtime import (
     RunSettings,
     Session,
     Timing,
-    give_back_memory,
     processor,
     profile_nodes,
     time_pair,
@@ -50,6 +49,7 @@ from onnx_lowrank.runtime import (
 from onnx_lowrank.subject import Subject
 from onnx_lowrank.types import Candidate, Cost, Plan, Progress, Rank
 from onnx_lowrank.verification.verify import Feeds
+from onnx_lowrank.work.memory import give_back_memory
 
 POINTS = 6
 """Ranks of a method that are measured for each kind of layer, for each mode and half as many again for a second."""

@@ -1,7 +1,7 @@
 """Engines: ONNX Runtime with its providers, sessions, times and tools for mobile targets, and MNN. The only importer of both."""
 
 from onnx_lowrank.runtime.apart import probe_apart
-from onnx_lowrank.runtime.machine import block_size, give_back_memory, processor
+from onnx_lowrank.runtime.machine import block_size, processor
 from onnx_lowrank.runtime.mnn import NAME as MNN
 from onnx_lowrank.runtime.mnn import MNNSession, disagreement, mnn_version, require_mnn
 from onnx_lowrank.runtime.mobile import OpList, Partitions, check_partitions, convert_to_ort, simplify
@@ -36,7 +36,6 @@ __all__ = [
     "check_partitions",
     "convert_to_ort",
     "disagreement",
-    "give_back_memory",
     "installed_plugins",
     "known_providers",
     "mnn_version",

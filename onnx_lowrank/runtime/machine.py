@@ -1,8 +1,7 @@
-"""The machine that sessions run on: its processor, and its memory."""
+"""The processor that sessions run on."""
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from pathlib import Path
 
@@ -26,11 +25,3 @@ def processor() -> str:
             return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
     except OSError:
         return platform.processor() or "unknown"
-
-
-def give_back_memory() -> None:
-    """Return what was freed to the system. glibc keeps blocks under 32 MiB, which is most of a large model's weights."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another system, which has its own way
-        return

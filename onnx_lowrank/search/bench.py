@@ -32,7 +32,7 @@ from onnx_lowrank.quantize import Choice, choose, measure_ranges, prepared
 from onnx_lowrank.quantize.rounding import rounding_of
 from onnx_lowrank.report.data import Size, Step, TargetResult
 from onnx_lowrank.rewriting.rewrite import LayerReport
-from onnx_lowrank.runtime import RunSettings, Session, give_back_memory, time_pair
+from onnx_lowrank.runtime import RunSettings, Session, time_pair
 from onnx_lowrank.subject import open_config_data, shapes_of
 from onnx_lowrank.targets import Target
 from onnx_lowrank.types import LowRankError, Plan
@@ -47,6 +47,8 @@ from onnx_lowrank.verification.verify import (
     check_latency,
     check_outputs,
 )
+from onnx_lowrank.work.memory import give_back_memory
+from onnx_lowrank.work.parallel import end_processes
 
 if TYPE_CHECKING:
     from onnx_lowrank.finetune.refine import Refiner
@@ -312,6 +314,8 @@ class Bench:
 
     def _measured(self, placed: _Placed, plan: Plan, layers: tuple[LayerReport, ...]) -> Attempt:
         path = placed.path
+        if self._in_parts:
+            end_processes()
         give_back_memory()
         with self.planner.stage("verify"):
             original, session = self._session, self._session_of(path)

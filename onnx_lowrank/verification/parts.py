@@ -10,8 +10,9 @@ import numpy as np
 from onnx_lowrank.graph.constants import Constants
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Segment, divided
-from onnx_lowrank.runtime import Feeds, RunSettings, Session, Timing, give_back_memory
+from onnx_lowrank.runtime import Feeds, RunSettings, Session, Timing
 from onnx_lowrank.types import LowRankError
+from onnx_lowrank.work.memory import give_back_memory
 
 PART_BYTES = 1 << 28
 """Weights of a part; one node may have more. ONNX Runtime holds them once more, in the order of its kernels."""

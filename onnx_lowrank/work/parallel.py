@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import joblib
+from joblib.externals.loky import get_reusable_executor
 from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.cache import Store, environment, fingerprint
 from onnx_lowrank.randomized import exact_wanted
 from onnx_lowrank.types import Progress
+from onnx_lowrank.work.memory import give_back_memory
 
 Given = TypeVar("Given")
 Outcome = TypeVar("Outcome")
@@ -29,6 +31,9 @@ LARGE = 1 << 23
 WORTH_A_PROCESS = 1 << 20
 """Starting processes takes about a second: below this many elements in all, it is not worth it."""
 
+
+WORTH_GIVING_BACK = 1 << 18
+"""Elements of a task after which freed memory is returned to the system: for less it is not worth the time."""
 
 WATCH_SECONDS = 1.0
 """How often a process looks whether the one that started it is still there."""
@@ -102,7 +107,10 @@ def run_all(
     """
     done: dict[int, Any] = {}
     progress(stage, 0, len(tasks))
-    names = {index: _name(function, task) for index, task in enumerate(tasks)} if work.store else {}
+    names: dict[int, str | None] = {}
+    for index, task in enumerate(tasks if work.store else ()):
+        names[index] = _name(function, task)
+        _after(task)
 
     def finish(index: int, outcome: Any) -> None:
         done[index] = outcome if keep is None else keep(index, outcome)
@@ -113,6 +121,8 @@ def run_all(
             if work.store and (name := names[index]):
                 work.store.put(name, outcome)
             finish(index, outcome)
+            del outcome
+            _after(tasks[index])
 
     for index, name in names.items():
         if work.store and name and (kept := work.store.get(name)) is not None:
@@ -133,6 +143,12 @@ def run_all(
             with threadpool_limits(os.cpu_count()):
                 take([(index, function(load(tasks[index].given)))])
     return [done[i] for i in range(len(tasks))]
+
+
+def _after(task: Task[Any]) -> None:
+    """Give back what the kernels of a task took: pieces of it would be left among what stays."""
+    if task.size > WORTH_GIVING_BACK:
+        give_back_memory()
 
 
 def _name(function: Callable[..., Any], task: Task[Any]) -> str | None:
@@ -165,6 +181,11 @@ def _in_processes(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of an interrupt, what is in hand is lost: that is meant
             outcomes.close()
+
+
+def end_processes() -> None:
+    """End processes that wait for more work: each holds its libraries, a few hundred megabytes. They start again by themselves."""
+    get_reusable_executor(reuse=True).shutdown(wait=True)
 
 
 def _apart(function: Callable[[Given], Outcome], index: int, given: Given) -> tuple[int, Outcome]:

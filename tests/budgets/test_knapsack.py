@@ -231,3 +231,25 @@ def test_the_table_holds_the_solver():
     budgets = [Budget("macs", 1.0)]
     (picked,) = BUDGET_SOLVERS["knapsack"](groups, budgets, NOTHING, dense_cost(groups))
     assert picked == knapsack(groups, budgets, NOTHING, dense_cost(groups))
+
+
+def test_many_layers_that_are_nearly_alike_end_with_a_plan_near_the_optimum():
+    """Which of them takes a step more or less makes no difference, and a search tree without end."""
+    rng, ranks = np.random.default_rng(0), np.arange(16, 820, 16)
+    energy = np.cumsum(1 / np.arange(1024, 0, -1))[::-1]
+    tail = np.sqrt(energy[ranks] / energy[0])
+    groups = []
+    for g in range(40):
+        scale = 1 + 1e-3 * rng.standard_normal()
+        made = [candidate(f"g{g}", 1, int(5120 * r), float(e * scale)) for r, e in zip(ranks, tail, strict=True)]
+        groups.append([candidate(f"g{g}", 1, 1024 * 4096, 0.0), *made])
+    original = dense_cost(groups)
+    choices = knapsack(groups, [Budget("params", 0.4999)], NOTHING, original)
+    assert cost_of(choices).params <= 0.4999 * original.params
+
+    def bound(price):  # Lagrangian: no choice within the budget has less error than this
+        best = sum(min(c.error + price * c.cost.params for c in group) for group in groups)
+        return best - price * 0.4999 * original.params
+
+    most = -minimize_scalar(lambda p: -bound(p * 1e-9), bounds=(0, 1e3), method="bounded").fun
+    assert most <= sum(c.error for c in choices) <= most * (1 + 2e-3)
