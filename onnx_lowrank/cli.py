@@ -41,7 +41,11 @@ from onnx_lowrank.targets import TARGETS
 from onnx_lowrank.types import LowRankError
 
 MET, UNMET, BAD_INPUT = 0, 1, 2
-INTERRUPTED, TERMINATED = 130, 143
+STOPPED: dict[int, tuple[str, int]] = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
+"""What a signal is called, and the exit code of a run that it ended."""
+
+GRACE_SECONDS = 10.0
+"""Time to clean up after a signal. Files are whole at any moment; what is left in scratch folders goes with the next run."""
 
 
 class _Terminated(KeyboardInterrupt):
@@ -63,13 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         arguments.line = shlex.join(["onnx-lowrank", *(sys.argv[1:] if argv is None else argv)])
         logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.ERROR, format="%(message)s")
-        with _terminable():
+        with _stoppable(arguments):
             return int(arguments.command(arguments))
     except LowRankError as error:
         errors.print("onnx-lowrank:", str(error), markup=False)
         return BAD_INPUT
     except KeyboardInterrupt as error:
-        how, code = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
+        how, code = STOPPED[signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT]
         errors.print(f"onnx-lowrank: {how}; {_left(arguments)}", markup=False)
         return code
 
@@ -80,21 +84,42 @@ def _left(arguments: argparse.Namespace | None) -> str:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises an exception, once."""
+def _stoppable(arguments: argparse.Namespace) -> Iterator[None]:
+    """SIGINT and SIGTERM raise an exception; where that does not end the run, or one comes again, the process ends at once.
 
-    def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is on its way out
-        raise _Terminated
-
+    It may not: processes that are ended while they send something can leave the one that waits for it waiting for ever.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    timers: list[threading.Timer] = []
+
+    def end(number: int) -> None:
+        line = f"onnx-lowrank: {STOPPED[number][0]}; {_left(arguments)}\n"
+        os.write(2, line.encode())
+        os._exit(STOPPED[number][1])
+
+    def stop(number: int, frame: object) -> None:
+        if timers:
+            end(number)
+        timers.append(threading.Timer(GRACE_SECONDS, end, [number]))
+        timers[0].daemon = True
+        timers[0].start()
+        raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    numbers = [signal.SIGTERM]
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # a run in the background may be told to ignore it
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for timer in timers:
+            timer.cancel()
 
 
 def _parser() -> argparse.ArgumentParser:

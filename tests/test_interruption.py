@@ -153,6 +153,32 @@ def test_a_stopped_run_says_so_and_leaves_the_old_file(
     assert place.left() == []
 
 
+HANGING = """
+import os, signal, sys, threading
+from onnx_lowrank import cli, pipeline
+cli.GRACE_SECONDS = 0.1
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def compress(*given, **options):
+    try:
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        threading.Event().wait()
+    finally:
+        threading.Event().wait()
+pipeline.compress = compress
+sys.exit(cli.main(["compress", "model.onnx", "small.onnx", "--budget", "macs=0.5"]))
+"""
+
+
+@pytest.mark.parametrize(("name", "code", "how"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_run_that_cannot_clean_up_ends_all_the_same(place: Place, name: str, code: int, how: str) -> None:
+    """Its processes may have died while they sent what it waits for."""
+    run = subprocess.run(
+        [sys.executable, "-c", HANGING, name], cwd=place.folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (code, f"onnx-lowrank: {how}; nothing was written\n")
+
+
 def test_processes_end_with_the_one_that_started_them(place: Place, undisturbed: Undisturbed) -> None:
     """They would hold the ends of the pipes that the run is read from."""
     done = place.start("SIGKILL", undisturbed[""][2] // 15, "--jobs", "2")

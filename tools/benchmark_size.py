@@ -7,7 +7,8 @@ The model is made up: pairs of a Gemm (hidden -> 4 hidden, bias, Relu) and a Mat
 external data file. Kernels are random with singular values that fall as the root of their number, about as those of trained
 ones do. The command is `compress --budget params=0.5`, in a process of its own. Memory is the sum of the resident sets of
 that process and its children, from /proc, 20 times a second: pages of files that are mapped count, pages that several
-processes share count for each. Beside it the peak of a single one of them, as the system keeps it (VmHWM).
+processes share count for each; beside it the same with shared pages counted once (the proportional sets), and the peak of a
+single process, as the system keeps it (VmHWM).
 """
 
 from __future__ import annotations
@@ -73,33 +74,36 @@ def make_model(path: Path, size: int, hidden: int) -> None:
     path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString())
 
 
-def resident(process: int) -> tuple[int, int]:
-    """Bytes resident in a process and all that it started, and the most that any of them ever had."""
-    total, most, waiting = 0, 0, [process]
+def resident(process: int) -> tuple[int, int, int]:
+    """Bytes resident in a process and all that it started: with pages that they share counted for each, and once; and the most
+    that any of them ever had."""
+    total, shared_once, most, waiting = 0, 0, 0, [process]
     while waiting:
         number = waiting.pop()
         try:
             total += int(Path(f"/proc/{number}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            rollup = Path(f"/proc/{number}/smaps_rollup").read_text()
+            shared_once += 1024 * int(rollup.partition("Pss:")[2].split()[0])
             status = Path(f"/proc/{number}/status").read_text()
             most = max(most, 1024 * int(status.partition("VmHWM:")[2].split()[0]))
             for task in Path(f"/proc/{number}/task").iterdir():
                 waiting += map(int, (task / "children").read_text().split())
         except (OSError, IndexError):  # it ended meanwhile
             continue
-    return total, most
+    return total, shared_once, most
 
 
-def measured(command: list[str]) -> tuple[int, int, int, float, float]:
-    """Exit code, peak bytes of all processes together, of the largest alone, seconds, and seconds of all cores together."""
-    before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), (0, 0)
+def measured(command: list[str]) -> tuple[int, tuple[int, int, int], float, float]:
+    """Exit code, peaks of :func:`resident`, seconds, and seconds of all cores together."""
+    before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), (0, 0, 0)
     with subprocess.Popen(command, cwd=ROOT) as process:
         while process.poll() is None:
-            now = resident(process.pid)
-            peak = max(peak[0], now[0]), max(peak[1], now[1])
+            most, once, largest = resident(process.pid)
+            peak = max(peak[0], most), max(peak[1], once), max(peak[2], largest)
             time.sleep(SECONDS)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     work = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return process.returncode, *peak, time.perf_counter() - start, work
+    return process.returncode, peak, time.perf_counter() - start, work
 
 
 def validity(path: Path, hidden: int) -> str:
@@ -121,9 +125,10 @@ def main() -> None:
     parser.add_argument("--options", nargs="*", default=[], help="further ones of compress, without their dashes")
     arguments = parser.parse_args()
     print(
-        "| model, GB | result, GB | parameters | peak memory, GB | largest process, GB | minutes | CPU minutes | cosine | |"
+        "| model, GB | result, GB | parameters | peak memory, GB | shared pages once | largest process | minutes | CPU minutes | "
+        "cosine | |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for size in arguments.gb:
         folder = Path(tempfile.mkdtemp(prefix="size-", dir=arguments.folder))
         try:
@@ -133,7 +138,7 @@ def main() -> None:
             options = [f"--{option}" for option in arguments.options]
             command = [sys.executable, "-m", "onnx_lowrank", "compress", str(model), str(out)]
             command += ["--budget", f"params={arguments.budget}", "--json", str(report), "--quiet", *options]
-            code, peak, largest, seconds, work = measured(command)
+            code, peaks, seconds, work = measured(command)
             if code:
                 print(f"| {size:g} | exit code {code} after {seconds:.0f} s |")
                 continue
@@ -141,8 +146,9 @@ def main() -> None:
             print(f"seconds of stages: {said['seconds']}", file=sys.stderr)
             before, after = (said[which]["size_bytes"] / 1e9 for which in ("original", "compressed"))
             share = said["compressed"]["params"] / said["original"]["params"]
+            memory = " | ".join(f"{peak / 1e9:.2f}" for peak in peaks)
             print(
-                f"| {before:.2f} | {after:.2f} | {share:.3f} | {peak / 1e9:.2f} | {largest / 1e9:.2f} | {seconds / 60:.1f} | {work / 60:.1f} | "
+                f"| {before:.2f} | {after:.2f} | {share:.3f} | {memory} | {seconds / 60:.1f} | {work / 60:.1f} | "
                 f"{said['accuracy']['compressed']:.3f} | {validity(out, arguments.hidden)} |",
                 flush=True,
             )

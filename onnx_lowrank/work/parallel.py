@@ -189,6 +189,7 @@ def end_processes() -> None:
 
 
 def _apart(function: Callable[[Given], Outcome], index: int, given: Given) -> tuple[int, Outcome]:
+    give_back_memory()  # of the task before, whose outcome is on its way
     return index, on_one_thread(function, given)
 
 
