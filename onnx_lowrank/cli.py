@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", _inspect, "what is in a model, what each layer could become, why others are left alone")
     sub.add_argument("model", metavar="MODEL")
-    add_options(sub, "layers", "graph", "inputs", "target", "work", "page")
+    add_options(sub, "layers", "graph", "inputs", "target", "work", "reports", "page")
 
     sub = command("compress", _compress, "the main job: a smaller, faster model, checked")
     sub.add_argument("model", metavar="MODEL")
@@ -180,6 +180,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     _check_files(arguments, config, *_written(arguments))
     with _progress(arguments) as progress:
         view = pipeline.inspect(arguments.model, config=config, progress=progress, details=bool(arguments.report))
+    if arguments.json:
+        _write_json(arguments.json, view.to_dict())
     if arguments.report:
         write_page(arguments.report, inspection_page(view, _origin(arguments)))
     _print(arguments, render_inspection(view))

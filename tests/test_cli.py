@@ -656,3 +656,16 @@ def test_the_package_runs_as_a_program(folder: Path) -> None:
     bad = program("compress missing.onnx out/other.onnx " + ASKED)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert re.fullmatch("onnx-lowrank: missing.onnx cannot be read .*\n", bad.stderr)
+
+
+def test_what_is_inspected_and_verified_is_data_too(run: Run, folder: Path) -> None:
+    assert run("inspect model.onnx --align 1 --json out/inspected.json --quiet")[0] == 0
+    inspected = json.loads((folder / "out/inspected.json").read_text())
+    assert inspected["original"]["macs"] >= sum(layer["macs"] for layer in inspected["layers"]) > 0
+    for layer in inspected["layers"]:
+        half = layer["half"]
+        assert half is None or (2 * half["macs"] <= layer["macs"] and 0 < half["error"] < 1 and half["rank"])
+    assert any(layer["half"] for layer in inspected["layers"])
+    assert run("verify model.onnx model.onnx --json out/verified.json --quiet")[0] == 0
+    verified = json.loads((folder / "out/verified.json").read_text())
+    assert (verified["version"], verified["met"]) == (inspected["version"], True)

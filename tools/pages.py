@@ -17,8 +17,8 @@ from typing import Any
 import griffe
 from latex2mathml.converter import convert
 
-from onnx_lowrank import cli, config, pipeline
-from onnx_lowrank.report import data
+from onnx_lowrank import cli, config
+from onnx_lowrank.report import data, results
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 TABLE = re.compile(r"^<!-- table: ([\w ]+) -->$", re.MULTILINE)
@@ -174,17 +174,16 @@ def _first_line(kind: Any) -> str:
 
 def report() -> str:
     """Every field of the JSON of `compress` and `apply`, and of `verify`."""
-    return _json(
-        data.Report, [("version", "text", "Of this package."), ("met", "true or false", _first_line(data.Report.met))]
-    )
+    return _json(data.Report)
 
 
 def verification() -> str:
-    return _json(pipeline.Verification, [])
+    return _json(results.Verification)
 
 
-def _json(kind: type, more: list[tuple[str, str, str]]) -> str:
-    rows = [*more, *fields_of(kind)]
+def _json(kind: Any) -> str:
+    own = [("version", "text", "Of this package."), ("met", "true or false", _first_line(kind.met))]
+    rows = [*own, *fields_of(kind)]
     lines = [_row(_code(path), sort, _literals(meaning)) for path, sort, meaning in rows]
     return "\n".join(["| field | | meaning |", "|---|---|---|", *lines])
 

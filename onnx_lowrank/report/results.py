@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.save import save
-from onnx_lowrank.report.data import Report, Size, TargetResult, plain
+from onnx_lowrank.report.data import Report, Size, TargetResult, environment, package_version, plain
 from onnx_lowrank.report.details import LayerDetails
 from onnx_lowrank.runtime import Feeds
 from onnx_lowrank.runtime.ort_format import SUFFIX, save_ort
@@ -95,7 +95,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return plain(asdict(self))
+        return plain({"version": package_version(), **asdict(self), "met": self.met})
 
 
 @dataclass(frozen=True)
@@ -122,3 +122,25 @@ class Inspection:
     """Layers that repeat, and may share a factor of their kernels (``joint_*``)."""
     details: tuple[LayerDetails, ...] = field(default=(), repr=False)
     """What a page shows of each layer; empty where it was not asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; of a layer's best candidate at half of its cost, what it is and what it costs."""
+        layers = [asdict(replace(layer, half=None)) | {"half": _shown(layer.half)} for layer in self.layers]
+        return plain(
+            {
+                "version": package_version(),
+                "environment": environment(),
+                "original": {"macs": self.cost.macs, "params": self.cost.params},
+                "layers": layers,
+                "skips": [asdict(skip) for skip in self.skips],
+                "sections": self.sections,
+                "notes": self.notes,
+            }
+        )
+
+
+def _shown(candidate: Candidate | None) -> dict[str, Any] | None:
+    if candidate is None:
+        return None
+    cost = {"macs": candidate.cost.macs, "params": candidate.cost.params}
+    return {"decomposition": candidate.decomposition, "rank": candidate.rank, **cost, "error": candidate.error}
