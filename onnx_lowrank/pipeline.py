@@ -24,8 +24,13 @@ from onnx_lowrank.report.results import Inspection, LayerView, Result, Verificat
 from onnx_lowrank.runtime import RunSettings
 from onnx_lowrank.search.bench import Attempt, Bench, open_bench
 from onnx_lowrank.search.search import budget_results
-from onnx_lowrank.subject import open_subject
+from onnx_lowrank.subject import Subject, check_patterns, open_subject
 from onnx_lowrank.types import LowRankError, Plan, Progress, no_progress
+
+UNFITTED = (
+    "the plan was made for kernels fitted to samples, and none were given: without --calibrate they are those of the weights "
+    "alone, and lose more"
+)
 
 
 def analyze(model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any) -> Plan:
@@ -46,7 +51,7 @@ def analyze(model: Any, *, config: Config | None = None, progress: Progress = no
     config = configured(config, options)
     recipe = find_recipe(config.recipe)
     config = recipe.configure(config)
-    planner = Planner(open_subject(model, config), config, progress, recipe.policy(config))
+    planner = Planner(_opened(model, config), config, progress, recipe.policy(config))
     if config.rank:
         return planner.estimated()
     for budget in config.budget:
@@ -70,13 +75,14 @@ def apply(
 ) -> Result:
     """Carry out a plan, made by `analyze` or read from a file, and verify the result as `compress` does."""
     config = configured(config, options)
-    planner = Planner(open_subject(model, config), config, progress)
+    planner = Planner(_opened(model, config), config, progress)
     if config.quantize != "none":
         check_unquantized(planner.subject.model)
     data = plan_to_dict(plan) if isinstance(plan, Plan) else read_plan(plan)
     choices = read_choices(data, planner.subject.groups)
+    lost = (UNFITTED,) if data.get("fitted") and not planner.fitting.wanted else ()
     with open_bench(planner) as bench:
-        return _finish(bench, model, bench.tuned(bench.attempt(planner.plan(choices))), details)
+        return _finish(bench, model, bench.tuned(bench.attempt(planner.plan(choices, *lost))), details)
 
 
 def compress(
@@ -118,7 +124,7 @@ def compress(
         )
     if config.max_drop is not None and config.evaluate is None and config.calibrate is None:
         raise LowRankError("max_drop needs samples to hold it on: give --evaluate DATA")
-    planner = Planner(open_subject(model, config), config, progress, recipe.policy(config))
+    planner = Planner(_opened(model, config), config, progress, recipe.policy(config))
     if config.quantize != "none":
         check_unquantized(planner.subject.model)
     if not planner.subject.found.layers:
@@ -169,7 +175,7 @@ def inspect(
     With `details`, also what a page shows of each layer: spectra and error curves.
     """
     config = configured(config, options)
-    planner = Planner(open_subject(model, config), config, progress)
+    planner = Planner(_opened(model, config), config, progress)
     views = []
     for group, candidates in zip(planner.subject.groups, planner.sets.all(), strict=False):
         dense = group.dense.cost
@@ -202,7 +208,7 @@ def bundle(
         For a model or an option that cannot be used, or a model without a layer to decompose.
     """
     config = configured(config, options)
-    planner = Planner(open_subject(model, config), config, progress)
+    planner = Planner(_opened(model, config), config, progress)
     if planner.target.engine:
         raise LowRankError(
             f"a bundle runs ONNX Runtime on the device, and target {planner.target.name} was given: leave it out"
@@ -236,6 +242,12 @@ def configured(config: Config | None, options: Mapping[str, Any]) -> Config:
     if config is not None and options:
         raise LowRankError(f"config and {', '.join(options)} were given: put every option into config, or give none")
     return config or make_config(**options)
+
+
+def _opened(model: Any, config: Config) -> Subject:
+    subject = open_subject(model, config)
+    check_patterns(subject, config)
+    return subject
 
 
 def _finish(bench: Bench, given: Any, best: Attempt, detailed: bool) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -159,6 +160,22 @@ def open_subject(source: Any, config: Config) -> Subject:
     alone = [group.layers[0] for group in groups if len(group.layers) == 1 and not group.layers[0].weight_kept]
     repeated = _named_sections(alone, config) if config.group else sections(model, found, alone)
     return Subject(model, inputs, sizes, found, groups, tuple(repeated), found.skips + left, cost, notes)
+
+
+def check_patterns(subject: Subject, config: Config) -> None:
+    """See that each pattern of layers' names is one of some node: a mistake in it would go unnoticed.
+
+    Raises
+    ------
+    LowRankError
+        Where one matches nothing.
+    """
+    names = [node.name for node in subject.model.graph.node] + [layer.name for layer in subject.found.layers]
+    for option, patterns in (("include", config.include), ("exclude", config.exclude)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                like = difflib.get_close_matches(pattern, names, 1, 0.3) or names[:1]
+                raise LowRankError(f"{option} {pattern} matches no node: names are like {', '.join(like)}, see inspect")
 
 
 def _named_sections(layers: Sequence[Layer], config: Config) -> list[Section]:

@@ -394,6 +394,8 @@ class Plan:
         What the user should know about how the plan came to be: an assumed input size, a budget out of reach.
     candidates
         What each group could have become instead, as the plan saw it; empty where no allocation was made.
+    fitted
+        Whether it was made for kernels fitted to samples: those of the weights alone do worse.
     """
 
     choices: tuple[Candidate, ...]
@@ -402,6 +404,7 @@ class Plan:
     original: Cost = Cost(0, 0)
     notes: tuple[str, ...] = ()
     candidates: tuple[tuple[Candidate, ...], ...] = field(default=(), repr=False)
+    fitted: bool = False
 
     @property
     def cost(self) -> Cost:

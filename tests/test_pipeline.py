@@ -145,7 +145,6 @@ def test_the_number_of_processes_does_not_change_a_byte(tmp_path: Path, monkeypa
         ({"include": ["f*"]}, {"first"}),
         ({"exclude": "first"}, {"second"}),
         ({"include": "*", "exclude": "s*"}, {"first"}),
-        ({"include": "nothing"}, set()),
         ({}, {"first", "second"}),
     ],
 )
@@ -154,6 +153,12 @@ def test_only_layers_that_are_chosen_are_changed(options: dict[str, Any], names:
     assert set(ranks(result)) == names
     left_out = {skip.layer for skip in result.report.skips if "--include or --exclude" in skip.reason}
     assert left_out == {"first", "second"} - names
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_refused(option: str) -> None:
+    with pytest.raises(lr.LowRankError, match=rf"{option} firts\* matches no node: names are like first, see inspect"):
+        lr.compress(tiny.classifier(), budget={"macs": 0.9}, **{option: "firts*"}, **QUICK)
 
 
 def test_a_kernel_that_an_excluded_layer_reads_too_stays_and_is_counted(tmp_path: Path) -> None:
@@ -563,3 +568,40 @@ def test_calibration_samples_make_a_better_model_and_the_same_bytes_from_the_sam
     plan = lr.analyze(model, calibrate=data, **options)
     again = lr.apply(model, plan, calibrate=data, **QUICK)
     assert saved(again, tmp_path / "b.onnx") == saved(told, tmp_path / "a.onnx")
+
+
+def test_it_is_said_that_a_plan_was_made_for_kernels_fitted_to_samples(tmp_path: Path) -> None:
+    model, samples = (
+        tiny.classifier(),
+        {"calibrate": [{"x": tiny.inputs(40)}], "evaluate": [{"x": tiny.inputs(20, seed=1)}]},
+    )
+    fitted = lr.compress(model, budget={"macs": 0.8}, **samples, **QUICK)
+    assert fitted.plan.fitted
+    blind, told = lr.apply(model, fitted.plan, **QUICK), lr.apply(model, fitted.plan, **samples, **QUICK)
+    assert any("made for kernels fitted to samples" in note for note in blind.report.notes)
+    assert not any("made for kernels fitted to samples" in note for note in told.report.notes)
+    by_weights = lr.analyze(model, budget={"macs": 0.8}, **QUICK)
+    assert not by_weights.fitted
+    assert not any("made for kernels fitted" in n for n in lr.apply(model, by_weights, **QUICK).report.notes)
+
+
+def test_it_is_said_that_accuracy_is_that_on_the_calibration_samples() -> None:
+    samples = [{"x": tiny.inputs(40)}]
+    one = lr.compress(tiny.classifier(), budget={"macs": 0.8}, calibrate=samples, **QUICK)
+    two = lr.compress(
+        tiny.classifier(), budget={"macs": 0.8}, calibrate=samples, evaluate=[{"x": tiny.inputs(20, seed=1)}], **QUICK
+    )
+    assert any("on the calibration samples" in note for note in one.report.notes)
+    assert not any("on the calibration samples" in note for note in two.report.notes)
+
+
+def test_a_large_loss_comes_with_what_keeps_more() -> None:
+    lost = lr.compress(
+        tiny.classifier(), rank="ratio=0.1", evaluate=[{"x": tiny.inputs(60)}], metric="agreement", **QUICK
+    )
+    kept = lr.compress(
+        tiny.classifier(), rank="ratio=1.0", evaluate=[{"x": tiny.inputs(60)}], metric="agreement", **QUICK
+    )
+    assert lost.report.accuracy.drop > 0.03 >= kept.report.accuracy.drop
+    assert any("agreement fell by" in note and "--max-drop" in note for note in lost.report.notes)
+    assert not any("fell by" in note for note in kept.report.notes)

@@ -118,7 +118,8 @@ class Planner(Run):
         why = "kept dense by the plan: other layers save as much at less error" if changed else "no layer is changed"
         layers = [layer for group in self.subject.groups for layer in group.layers]
         spared = tuple(Skip(x.name, x.op_type, why) for x in layers if x.name in kept and (x.name not in refused))
-        return Plan(tuple(choices), self.skips() + spared, rest, whole, self.subject.notes + notes)
+        skips, notes = self.skips() + spared, self.subject.notes + notes
+        return Plan(tuple(choices), skips, rest, whole, notes, fitted=self.fitting.wanted)
 
     def _dense(self) -> list[Candidate]:
         """What leaves each group as it is."""

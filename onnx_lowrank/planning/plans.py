@@ -23,6 +23,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     chosen = {(choice.layers, choice.decomposition, choice.rank) for choice in plan.choices}
     return {
         "format": FORMAT,
+        "fitted": plan.fitted,
         "original": plan.original.__dict__,
         "planned": plan.cost.__dict__,
         "choices": [{"layers": list(choice.layers), **_candidate(choice)} for choice in plan.choices],

@@ -10,6 +10,12 @@ from onnx_lowrank.report.data import TargetResult
 from onnx_lowrank.rewriting.rewrite import LayerReport
 from onnx_lowrank.verification.verify import Accuracy, Latency
 
+MUCH = 0.03
+"""Loss of a metric that is a share from which on the user is told what keeps more of it."""
+
+SHARES = ("top1", "top5", "agreement")
+"""Metrics of which that can be said."""
+
 
 def on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, ...]:
     """What is known of the target, and what is not."""
@@ -40,8 +46,17 @@ def advice(planner: Planner, layers: Sequence[LayerReport], accuracy: Accuracy, 
     notes = []
     if planner.config.calibrate is None and layers:
         notes.append(
-            "no calibration data was given: the weights alone decided, and accuracy suffers more than it has to; "
-            "a few hundred unlabelled samples (--calibrate) bring most of it back"
+            "no calibration data was given: the weights alone decided; of what accuracy they lose, a few hundred unlabelled "
+            "samples (--calibrate) bring most back"
+        )
+    if accuracy.samples and planner.config.evaluate is None and planner.config.calibrate is not None:
+        notes.append(
+            "accuracy is that on the calibration samples, which tell less than others would: give --evaluate DATA"
+        )
+    if layers and planner.config.max_drop is None and accuracy.metric in SHARES and accuracy.drop > MUCH:
+        notes.append(
+            f"{accuracy.metric} fell by {accuracy.drop:.3f}: --calibrate, a milder budget, --max-drop or --finetune distill "
+            f"keeps more"
         )
     used, given = planner.fitting.used
     if used < given:
