@@ -262,6 +262,17 @@ def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site: dict[str
 
 
 @needs_mkdocs
+def test_tables_read_off_the_code_are_up_to_date() -> None:
+    from tools.pages import TABLE, with_tables
+
+    pages = {path: path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md")}
+    assert sum(len(TABLE.findall(text)) for text in pages.values()) >= 5
+    for path, text in pages.items():
+        assert with_tables(text) == text, f"{path.name}: write its tables anew by `python -m tools.pages`"
+        assert with_tables(text.replace("| `", "| `old_")) == text or not TABLE.search(text)
+
+
+@needs_mkdocs
 def test_formulas_tables_and_references_are_made(site: dict[str, Loaded]) -> None:
     for name, page in site.items():
         assert "<!-- table" not in page.text and ":class:" not in page.text and ":func:" not in page.text, name

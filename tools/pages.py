@@ -1,7 +1,10 @@
-"""What the documentation site needs beside its pages: formulas as MathML, tables read off the code, and docstrings.
+"""What the documentation needs beside its pages: formulas as MathML, tables read off the code, and docstrings.
 
-MkDocs takes this file as its hooks (``on_...``), griffe as its extension (`Roles`). A page asks for a table by a line
-``<!-- table: NAME -->``; what is read off the code cannot be out of date.
+    python -m tools.pages        # write the tables of the reference anew, after a change of options or of reports
+
+MkDocs takes this file as its hooks (``on_...``), griffe as its extension (`Roles`). A table stands between
+``<!-- table: NAME -->`` and ``<!-- end -->``, so that pages can be read in the repository too; a test sees that it is that of
+the code.
 """
 
 from __future__ import annotations
@@ -12,22 +15,27 @@ import html
 import re
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
 
 from onnx_lowrank import cli, config
+from onnx_lowrank.data import Preprocess
 from onnx_lowrank.report import data, results
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
-TABLE = re.compile(r"^<!-- table: ([\w ]+) -->$", re.MULTILINE)
+PAGES = Path(__file__).resolve().parents[1] / "docs"
+TABLE = re.compile(r"^<!-- table: ([\w ]+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):`(~?)([\w.]+)`")
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Pages with their tables."""
-    return TABLE.sub(lambda found: TABLES[found[1]](), markdown)
+def with_tables(markdown: str) -> str:
+    """A page with its tables as they are now."""
+    return TABLE.sub(
+        lambda found: f"<!-- table: {found[1]} -->\n\n{TABLES[found[1]]().strip()}\n\n<!-- end -->", markdown
+    )
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -56,6 +64,12 @@ def _link(found: re.Match[str]) -> str:
 
 
 # Tables
+
+
+def preprocess() -> str:
+    """Every key of a preprocess file."""
+    lines = [_row(_code(name), _literals(meaning)) for name, meaning in _parameters(Preprocess).items()]
+    return "\n".join(["| key | meaning |", "|---|---|", *lines])
 
 
 def _row(*cells: str) -> str:
@@ -193,4 +207,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "keys": keys,
     "report": report,
     "verification": verification,
+    "preprocess": preprocess,
 }
+
+
+def main() -> None:
+    """Write the tables of all pages anew."""
+    for page in sorted(PAGES.rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if with_tables(text) != text:
+            page.write_text(with_tables(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
