@@ -27,7 +27,7 @@ from onnx_lowrank.types import (
     Skip,
     Stage,
 )
-from onnx_lowrank.work.parallel import Task
+from onnx_lowrank.work.tasks import Task
 
 RANKS_PER_MODE = {1: 64, 2: 16}
 """Most ranks tried along each mode, by the number of modes: past this the grid is coarser than one block."""

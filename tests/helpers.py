@@ -21,7 +21,7 @@ from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.shapes import infer, model_inputs, sample_shapes
 from onnx_lowrank.rewriting.rewrite import LayerReport, rewrite
 from onnx_lowrank.types import Plan, Rank, no_progress
-from onnx_lowrank.work.parallel import Work
+from onnx_lowrank.work.tasks import Work
 
 Feeds = dict[str, np.ndarray]
 

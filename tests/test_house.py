@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import inspect
 import re
 import shlex
@@ -122,6 +123,14 @@ def test_a_source_imports_only_what_stands_before_it_in_the_flow(source: Path) -
         there = room(inner.replace(".", "/"))
         if top == "onnx_lowrank" and inner and there in FLOW:
             assert FLOW.index(there) <= own, f"{place(source)} imports {module}, which comes after it"
+
+
+def test_no_source_imports_itself_by_way_of_others() -> None:
+    names = {".".join(("onnx_lowrank", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in SOURCES}
+    arrows = {name: {m for m in imports(parsed(path)) if m in names} - {name} for name, path in names.items()}
+    assert sum(map(len, arrows.values())) > 300
+    order = list(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError, with the circle
+    assert order.index("onnx_lowrank.types") < order.index("onnx_lowrank.pipeline")
 
 
 def test_the_rooms_of_the_flow_are_explained() -> None:

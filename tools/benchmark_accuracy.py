@@ -46,7 +46,7 @@ from onnx_lowrank.rewriting.rewrite import rewrite
 from onnx_lowrank.runtime import RunSettings, Session, time_pair
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Candidate, LayerStatistics, LowRankError, Plan, no_progress
-from onnx_lowrank.work.parallel import Work
+from onnx_lowrank.work.tasks import Work
 from tools.cifar import inputs, lossless
 
 Feeds = dict[str, np.ndarray]

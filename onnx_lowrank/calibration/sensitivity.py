@@ -27,7 +27,8 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, cuts, island_of, last_segment
 from onnx_lowrank.types import Candidate, Factorization, LayerStatistics, Progress
 from onnx_lowrank.verification.metrics import METRICS
-from onnx_lowrank.work.parallel import Work, run_all
+from onnx_lowrank.work.parallel import run_all
+from onnx_lowrank.work.tasks import Work
 
 ERRORS = (0.4, 0.12, 0.03)
 """Squared relative errors of a layer's output at about which its damage is measured."""

@@ -17,7 +17,7 @@ from onnx_lowrank.graph.sections import alike
 from onnx_lowrank.planning.fitting import Fitting
 from onnx_lowrank.planning.run import Run
 from onnx_lowrank.types import Candidate, LayerStatistics, Skip
-from onnx_lowrank.work.parallel import Task
+from onnx_lowrank.work.tasks import Task
 
 QUICK_KERNEL = 1 << 17
 """Elements of a kernel up to which CP is tried by default: a larger one takes seconds to half a minute, each."""

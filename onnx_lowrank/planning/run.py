@@ -18,7 +18,8 @@ from onnx_lowrank.runtime import block_size, processor, version
 from onnx_lowrank.subject import Subject
 from onnx_lowrank.targets import find_target
 from onnx_lowrank.types import Progress
-from onnx_lowrank.work.parallel import Task, Work, run_all
+from onnx_lowrank.work.parallel import run_all
+from onnx_lowrank.work.tasks import Task, Work
 
 Outcome = TypeVar("Outcome")
 

@@ -16,7 +16,8 @@ from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.ranks import evbmf
 from onnx_lowrank.rewriting.rewrite import LayerReport
 from onnx_lowrank.types import DENSE, Candidate, Plan, Rank
-from onnx_lowrank.work.parallel import Task, run_all
+from onnx_lowrank.work.parallel import run_all
+from onnx_lowrank.work.tasks import Task
 
 THINNED = 64
 """Points of a spectrum that are kept."""

@@ -20,7 +20,8 @@ from onnx_lowrank.graph.splice import Replacement, splice
 from onnx_lowrank.rewriting.correction import corrected_biases
 from onnx_lowrank.rewriting.refit import refit
 from onnx_lowrank.types import Candidate, Chain, Factorization, Layer, LayerStatistics, LowRankError, Plan, Progress
-from onnx_lowrank.work.parallel import Work, run_all
+from onnx_lowrank.work.parallel import run_all
+from onnx_lowrank.work.tasks import Work
 
 
 @dataclass(frozen=True)

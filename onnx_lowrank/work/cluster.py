@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from onnx_lowrank.cache import environment
 from onnx_lowrank.types import LowRankError
-from onnx_lowrank.work.parallel import Task, on_one_thread
+from onnx_lowrank.work.tasks import Task, on_one_thread
 
 if TYPE_CHECKING:
     import distributed

@@ -10,20 +10,17 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import joblib
 from joblib.externals.loky import get_reusable_executor
 from threadpoolctl import threadpool_limits
 
-from onnx_lowrank.cache import Store, environment, fingerprint
+from onnx_lowrank.cache import environment, fingerprint
 from onnx_lowrank.randomized import exact_wanted
 from onnx_lowrank.types import Progress
 from onnx_lowrank.work.memory import give_back_memory
-
-Given = TypeVar("Given")
-Outcome = TypeVar("Outcome")
+from onnx_lowrank.work.tasks import Given, Outcome, Task, Work, on_one_thread
 
 LARGE = 1 << 23
 """Kernels of more elements than this are worked on one at a time, with all cores inside the linear algebra."""
@@ -37,47 +34,6 @@ WORTH_GIVING_BACK = 1 << 18
 
 WATCH_SECONDS = 1.0
 """How often a process looks whether the one that started it is still there."""
-
-
-@dataclass(frozen=True)
-class Task(Generic[Given]):
-    """What is to be done for one layer, or a group of them.
-
-    Parameters
-    ----------
-    given
-        What the function takes, with its kernels still in the model.
-    size
-        Elements that are worked on.
-    key
-        All that the outcome depends on; see :func:`onnx_lowrank.cache.fingerprint`. None is never kept.
-    placed
-        Whether `given` can be sent as it is, so that its kernels are read from the model's file where the work is done.
-    """
-
-    given: Given
-    size: int
-    key: tuple[Any, ...] | None = None
-    placed: bool = False
-
-
-@dataclass(frozen=True)
-class Work:
-    """Where work is done, and what is kept of it.
-
-    Parameters
-    ----------
-    jobs
-        Processes for small tasks.
-    cluster
-        Address of a Dask scheduler, whose workers do the small tasks instead.
-    store
-        Cache of results; None for none.
-    """
-
-    jobs: int = 1
-    cluster: str | None = None
-    store: Store | None = None
 
 
 def run_all(
@@ -132,7 +88,7 @@ def run_all(
     small = [i for i in order if tasks[i].size <= LARGE]
     if len(small) > 1 and sum(tasks[i].size for i in small) > WORTH_A_PROCESS:
         if work.cluster:
-            from onnx_lowrank.work.cluster import on_cluster
+            from onnx_lowrank.work.cluster import on_cluster  # only here: its library is an extra
 
             take(on_cluster(work.cluster, function, load, {i: tasks[i] for i in small}))
         elif work.jobs > 1:
@@ -205,16 +161,3 @@ def _end_with(parent: int) -> None:
         os._exit(1)
     if os.getppid() == parent:
         threading.Thread(target=watch, daemon=True).start()
-
-
-_alone = threading.Lock()
-
-
-def on_one_thread(function: Callable[[Given], Outcome], given: Given) -> Outcome:
-    """``function(given)`` on one thread of the linear algebra.
-
-    The limit is that of the whole process, and the thread that set it first has the say: where a process has several, as
-    workers of a cluster may, they take turns.
-    """
-    with _alone, threadpool_limits(1):
-        return function(given)

@@ -16,7 +16,7 @@ from onnx_lowrank.graph.find import find_layers
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.shapes import infer, model_inputs, sample_shapes
 from onnx_lowrank.types import Candidate, no_progress
-from onnx_lowrank.work.parallel import Work
+from onnx_lowrank.work.tasks import Work
 from tests.helpers import normal, parse
 
 BRANCHES = """g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y) {

@@ -32,7 +32,8 @@ from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import LowRankError, no_progress
 from onnx_lowrank.work import cluster, parallel
-from onnx_lowrank.work.parallel import Task, Work, run_all
+from onnx_lowrank.work.parallel import run_all
+from onnx_lowrank.work.tasks import Task, Work
 from tests import tiny
 
 distributed = pytest.importorskip("distributed", reason="Dask is not installed")

@@ -11,7 +11,8 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from onnx_lowrank.cache import Store
 from onnx_lowrank.types import LowRankError, no_progress
 from onnx_lowrank.work import parallel
-from onnx_lowrank.work.parallel import LARGE, WORTH_A_PROCESS, Task, Work, on_one_thread, run_all
+from onnx_lowrank.work.parallel import LARGE, WORTH_A_PROCESS, run_all
+from onnx_lowrank.work.tasks import Task, Work, on_one_thread
 
 
 class Steps:
