@@ -80,7 +80,7 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
     }
     measured = [metric for metric in ratios if metric in MEASURED]
     best: Attempt | None = None
-    for _ in range(CORRECTIONS if measured else 1):
+    for left in reversed(range(CORRECTIONS if measured else 1)):
         attempt = bench.attempt(*_plans(planner, ratios))
         latency = bench.latency(attempt) if "latency" in ratios and not planner.config.foretold else None
         missed = [
@@ -93,13 +93,15 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
         if not missed or unknown or any("cannot be met" in note for note in attempt.plan.notes):
             break
         for result in missed:
-            counted = planner.counts(result.metric)
+            counted, tried = planner.counts(result.metric), ratios[result.metric]
             if counted == result.metric:  # the plan was timed whole, and yet came out otherwise: ask for that much less
-                ratios[counted] *= SLACK * result.asked / result.reached
+                wanted = tried * SLACK * result.asked / result.reached
             else:
-                ratios[result.metric] = _corrected(
-                    attempt.plan.ratio(counted), result, _undecomposed(planner.config, result.metric)
-                )
+                whole = _undecomposed(planner.config, result.metric)
+                wanted = _corrected(attempt.plan.ratio(counted), result, whole)
+            # the smallest plan is ruin: before it, what lies between it and the one that missed
+            least = planner.smallest(counted).ratio(counted) if left > 1 else 0.0
+            ratios[result.metric] = (least + tried) / 2 if wanted < least < tried else wanted
     assert best is not None
     return best
 

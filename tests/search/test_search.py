@@ -110,6 +110,17 @@ def test_a_latency_budget_is_corrected_until_it_is_met(overhead: float) -> None:
     assert bench.time(shares[-2]) > 0.5
 
 
+def test_a_correction_out_of_reach_tries_what_lies_before_the_smallest_plan() -> None:
+    """Where a time was mismeasured once, the model is not ruined for it."""
+    lowest = planner().smallest("macs").ratio("macs")
+    times = iter([9.0, 0.4])
+    bench = FakeBench(planner(budget={"latency": 0.5}), time=lambda share: share * next(times, 1.0))
+    best = within_budgets(bench.planner, bench)  # type: ignore[arg-type]
+    assert len(bench.plans) == 2
+    assert lowest < best.plan.ratio("macs") < 0.5
+    assert best.plan.ratio("macs") == pytest.approx((lowest + 0.5) / 2, abs=0.05)
+
+
 def test_a_size_budget_is_corrected_until_it_is_met() -> None:
     bench = FakeBench(planner(budget={"size": 0.5}), size=lambda share: 0.15 + share)
     best = within_budgets(bench.planner, bench)  # type: ignore[arg-type]
