@@ -415,6 +415,20 @@ def test_a_fragile_model_is_left_dense_under_max_drop(folder: Path, run: Run) ->
     assert onnx.load("out/small.onnx") == tiny.fragile()
 
 
+def test_labels_shifted_by_a_row_are_told_and_no_drop_is_promised_on_them(folder: Path, run: Run) -> None:
+    data = dict(np.load(models.DIGITS_TEST))
+    tiny.save_data(Path("shifted.npz"), input=data["input"], labels=np.roll(data["labels"], 1))
+    told = "right, no better than guessing among 10 classes: labels, preprocess or the order of classes are wrong"
+    line = f"compress {models.DIGITS} out/small.onnx --objective macs --evaluate shifted.npz {QUICK}"
+    before = tiny.contents(folder)
+    code, out, err = run(f"{line} --max-drop 0.02")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert told in err and "max_drop cannot be held on these samples" in err
+    assert tiny.contents(folder) == before
+    code, out, _ = run(f"verify {models.DIGITS} {models.DIGITS} --evaluate shifted.npz")
+    assert code == 0 and told in flat(out)
+
+
 def test_an_interrupt_is_exit_code_130_and_nothing_is_written(folder: Path, run: Run) -> None:
     Path("interrupts.py").write_text(
         "import numpy as np\ndef data():\n    yield {'x': np.ones((1, 16), np.float32)}\n    raise KeyboardInterrupt\n"

@@ -422,6 +422,53 @@ def test_a_metric_that_is_not_a_number_for_the_original_is_refused():
         compare(SCORES, SCORES, custom=lambda outputs, labels: math.nan)
 
 
+# --- an original that guesses -------------------------------------------------------------------------------------
+
+
+def labelled_scores(samples, classes, right, rng=0):
+    """Scores of which the first `right` have the largest at their label."""
+    labels = np.random.default_rng(rng).integers(classes, size=samples)
+    given = np.where(np.arange(samples) < right, labels, (labels + 1) % classes)
+    return np.eye(classes)[given], labels
+
+
+def test_an_original_that_is_right_as_often_as_by_luck_is_told():
+    scores, labels = labelled_scores(600, 10, 62)
+    check = compare(scores, scores, labels)
+    assert check.guesswork == (
+        "the original itself answers 62 of 600 right, no better than guessing among 10 classes: labels, preprocess or "
+        "the order of classes are wrong"
+    )
+
+
+@pytest.mark.parametrize(("samples", "classes"), [(20, 10), (600, 10), (2000, 1000), (100, 2)])
+def test_what_counts_as_luck_is_the_exact_binomial_limit(samples, classes):
+    limit = next(k for k in range(samples) if stats.binom.sf(k - 1, samples, 1 / classes) < 0.01)
+    for right, guessed in ((0, True), (limit - 1, True), (limit, False), (samples, False)):
+        scores, labels = labelled_scores(samples, classes, right)
+        assert bool(compare(scores, scores, labels).guesswork) is guessed
+
+
+def test_for_top5_luck_is_five_times_as_likely():
+    scores, labels = labelled_scores(200, 100, 200)
+    scores -= 0.1 * np.eye(100)[(labels + 1) % 100]
+    for right, guessed in ((10, True), (40, False)):
+        shown = np.where(np.arange(200) < right, labels, (labels + 1) % 100)
+        assert bool(compare(scores, scores, shown, "top5").guesswork) is guessed
+    assert compare(scores, scores, labels, "top5").guesswork == ""
+
+
+def test_nothing_is_said_about_luck_where_it_could_not_be_told():
+    wrong, labels = labelled_scores(19, 10, 0)
+    assert compare(wrong, wrong, labels).guesswork == ""  # too few samples
+    wrong, labels = labelled_scores(50, 4, 0)
+    assert compare(wrong, wrong, labels, "top5").guesswork == ""  # always right
+    assert compare(wrong, wrong, labels, "agreement").guesswork == ""
+    assert compare(wrong, wrong, labels, "mine", custom=lambda outputs, labels: 0.0).guesswork == ""
+    assert compare(np.ones((50, 1)), np.ones((50, 1)), np.zeros(50, int)).guesswork == ""  # nothing to guess among
+    assert compare(np.stack([wrong] * 3, 2), np.stack([wrong] * 3, 2), np.stack([labels] * 3, 1)).guesswork == ""
+
+
 # --- what cannot be compared --------------------------------------------------------------------------------------
 
 
