@@ -103,6 +103,10 @@ def prepare(folder: Path) -> None:
     tiny.save_data(folder / "without_labels.npz", x=x)
     tiny.save_data(folder / "few_labels.npz", x=x, labels=np.zeros(39, int))
     tiny.save_data(folder / "wide_labels.npz", x=x, labels=np.zeros((40, 3), int))
+    tiny.save_data(folder / "text_labels.npz", x=x, labels=np.array(["cat", "dog"] * 20))
+    tiny.save_data(folder / "float_labels.npz", x=x, labels=np.zeros(40, "float32"))
+    tiny.save_data(folder / "hot_labels.npz", x=x, labels=np.eye(10)[np.arange(40) % 10])
+    tiny.save_data(folder / "renamed_labels.npz", x=x, y=np.zeros(40, int))
     tiny.save_data(folder / "pictures.npz", images=np.zeros((40, 8, 8, 1), "uint8"))
     (folder / "text.npz").write_text("This is no archive.\n")
     (folder / "data.csv").write_text("1,2\n")
@@ -183,7 +187,11 @@ BAD_INPUT = [
     (EVALUATE + "no_sample.npz", "no samples"),
     (EVALUATE + "not_finite.npz", "not finite"),
     (EVALUATE + "few_labels.npz", r"labels \(39,\) for 40 samples"),
-    (EVALUATE + "wide_labels.npz", r"labels of shape .* do not fit"),
+    (EVALUATE + "wide_labels.npz", r"wide_labels.npz: labels of shape .* do not fit"),
+    (EVALUATE + "text_labels.npz", r"text_labels.npz: labels of dtype <U3 were given: integers were expected"),
+    (EVALUATE + "float_labels.npz", r"float_labels.npz: labels of dtype float32 were given: integers were expected"),
+    (EVALUATE + "hot_labels.npz", r"hot_labels.npz: labels of shape .* one-hot, store labels.argmax"),
+    (EVALUATE + "renamed_labels.npz", r"renamed_labels.npz: array 'y' is not used: labels are called 'labels'"),
     (EVALUATE + "functions.py:data", "raised RuntimeError: two lines"),
     (EVALUATE + "functions.py:number", "no function 'number'"),
     (EVALUATE + "functions.py", "name the function"),

@@ -117,6 +117,27 @@ def test_an_npz_is_opened_without_pickle_and_refuses_objects(tmp_path: Path) -> 
         open_data(tmp_path / "x.npy", X)
 
 
+@pytest.mark.parametrize("name", ["label", "y", "targets"])
+def test_labels_under_another_name_are_not_left_out_in_silence(tmp_path: Path, name: str) -> None:
+    told = f"d.npz: array '{name}' is not used: labels are called 'labels': rename it"
+    for labels in (np.zeros(7, int), np.array(["cat"] * 7)):
+        with pytest.raises(LowRankError, match=told):
+            open_data(save(tmp_path / "d.npz", **{"x": ramp(7, 2), name: labels}), X)
+    with pytest.raises(LowRankError, match=told):
+        arrays = {"images": pixels(7, 4, 5, 3), name: np.zeros(7, int)}
+        open_data(save(tmp_path / "d.npz", **arrays), PICTURES, preprocess=RAW)
+    # what is no label for each sample is ignored, and so is what stands beside labels
+    remarks = {"mean": np.zeros(2), "table": np.zeros((7, 2)), "eight": np.zeros(8), "single": np.float32(1)}
+    assert open_data(save(tmp_path / "d.npz", x=ramp(7, 2), **remarks), X).labelled is False
+    assert open_data(save(tmp_path / "d.npz", x=ramp(7, 2), labels=np.zeros(7), **{name: np.zeros(7)}), X).labelled
+
+
+def test_text_in_the_place_of_labels_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "d.npz", x=ramp(2, 2), labels=np.array(["cat", "dog"]))
+    with pytest.raises(LowRankError, match=r"d\.npz: labels of dtype <U3 were given: integers were expected"):
+        open_data(path, X)
+
+
 @pytest.mark.parametrize("name", ["d.npz", "d.npy"])
 def test_fortran_order_and_foreign_byte_order_are_read(tmp_path: Path, name: str) -> None:
     x = ramp(5, 2)

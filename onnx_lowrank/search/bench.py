@@ -333,7 +333,8 @@ class Bench:
             if session.outputs != original.outputs:
                 raise LowRankError("the two models have different outputs: two versions of one model were expected")
             name, metric = self._metric
-            accuracy = check_accuracy(original, session, self._batches(), name, metric)
+            source = self._data.name if self._data else ""
+            accuracy = check_accuracy(original, session, self._batches(), name, metric, source)
         if accuracy.guesswork and accuracy.guesswork not in self.notes:
             self.notes += (accuracy.guesswork,)
         self._steps.append((path, self._step(placed.size, plan, accuracy)))

@@ -149,6 +149,7 @@ def check_accuracy(
     batches: Batches,
     metric: str | None = None,
     custom: CustomMetric | None = None,
+    source: str = "",
 ) -> Accuracy:
     """Run both models over `batches` and compare them sample by sample.
 
@@ -160,6 +161,8 @@ def check_accuracy(
         Key of ``METRICS``; by default ``top1`` with labels and ``cosine`` without.
     custom
         A figure from all outputs and all labels at once, in the place of `metric`, which then only names it.
+    source
+        Where the samples are from, for messages.
 
     Raises
     ------
@@ -184,7 +187,7 @@ def check_accuracy(
             continue
         score = find_metric(metric)
         if metric in NEED_LABELS:
-            _check_labels(metric, reference[0], labels)
+            _check_labels(metric, reference[0], labels, f"{source}: " if source else "")
             classes = reference[0].shape[1] if reference[0].ndim == 2 else 0  # neighbouring positions are no samples
         before.append(score(reference, reference, labels))
         after.append(np.where(spoiled, WORST.get(metric, 0.0), score(outputs, reference, labels)))
@@ -277,23 +280,32 @@ def _check_shapes(reference: Outputs, outputs: Outputs) -> None:
             )
 
 
-def _check_labels(metric: str, scores: np.ndarray, labels: np.ndarray | None) -> None:
+def _check_labels(metric: str, scores: np.ndarray, labels: np.ndarray | None, where: str) -> None:
     if labels is None:
-        raise LowRankError(f"metric {metric} needs labels, and the evaluation data has none: use agreement or cosine")
+        raise LowRankError(
+            f"{where}metric {metric} needs labels, and the evaluation data has none: use agreement or cosine"
+        )
     if scores.ndim < 2:
         raise LowRankError(
             f"metric {metric} needs scores of classes: the model's first output has shape {list(scores.shape)}"
         )
     if labels.shape != (scores.shape[0], *scores.shape[2:]):
+        hint = "; if they are one-hot, store labels.argmax(axis=1)" if labels.shape == scores.shape else ""
         raise LowRankError(
-            f"labels of shape {list(labels.shape)} do not fit the first output {list(scores.shape)}: one class for "
-            f"each sample (and position) was expected"
+            f"{where}labels of shape {list(labels.shape)} do not fit the first output {list(scores.shape)}: one class for "
+            f"each sample (and position) was expected{hint}"
+        )
+    if labels.dtype.kind not in "iu":
+        hint = ": store labels.astype('int64')" if labels.dtype.kind in "bf" else ""
+        raise LowRankError(
+            f"{where}labels of dtype {labels.dtype} were given: integers were expected, numbers of classes from 0 to "
+            f"{scores.shape[1] - 1}{hint}"
         )
     # in a segmentation some classes stand for "do not count", by a number beyond the scores
-    if labels.dtype.kind not in "iu" or (labels.ndim == 1 and not ((labels >= 0) & (labels < scores.shape[1])).all()):
+    if labels.ndim == 1 and not ((labels >= 0) & (labels < scores.shape[1])).all():
         raise LowRankError(
-            f"labels must be numbers of classes from 0 to {scores.shape[1] - 1}, the places in the model's scores: "
-            f"{labels.dtype} up to {labels.max()} was given"
+            f"{where}labels must be numbers of classes from 0 to {scores.shape[1] - 1}, the places in the model's scores: "
+            f"{labels.min()} to {labels.max()} were given"
         )
 
 

@@ -491,6 +491,28 @@ def test_labels_of_another_shape_are_refused(labels):
         compare(SCORES, SCORES, labels)
 
 
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (
+            np.array(["cat", "dog", "cat", "dog"]),
+            "labels of dtype <U3 were given: integers were expected, numbers of classes from 0 to 2$",
+        ),
+        (
+            np.array([0.0, 1, 2, 0]),
+            r"labels of dtype float64 were given: integers .* 0 to 2: store labels\.astype\('int64'\)$",
+        ),
+        (np.eye(3)[[0, 1, 2, 0]], r"labels of shape \[4, 3\] .*; if they are one-hot, store labels\.argmax\(axis=1\)$"),
+        (np.array([1, 2, 3, 1]), "labels must be numbers of classes from 0 to 2, .*: 1 to 3 were given$"),
+    ],
+)
+def test_labels_that_are_no_numbers_of_classes_are_refused_with_their_source_and_the_cure(labels, told):
+    with pytest.raises(LowRankError, match=f"^{told}"):
+        compare(SCORES, SCORES, labels)
+    with pytest.raises(LowRankError, match=rf"^mine\.npz: {told}"):
+        check_accuracy(Fixed(SCORES), Fixed(SCORES), [({}, labels)], "top1", source="mine.npz")
+
+
 def test_an_output_without_classes_has_no_top1():
     with pytest.raises(LowRankError, match=r"needs scores of classes: the model's first output has shape \[4\]"):
         compare(np.ones(4), np.ones(4), np.zeros(4))
