@@ -43,8 +43,8 @@ def open_data(
           for each sample under another name is refused); or, for a model of one input and with
           `preprocess`, ``images`` (uint8, (samples, height, width[, 1 or 3])) or ``jpeg`` with ``offsets``;
         * ``.npy``, for a model of one input;
-        * a folder of pictures, with `preprocess`: class folders, sorted as text, are labels 0, 1, 2...; a flat folder
-          has no labels;
+        * a folder of pictures, with `preprocess`: class folders, sorted as text, are labels 0, 1, 2..., or the numbers
+          that all of them are named by; a flat folder has no labels;
         * an ONNX ``test_data_set_*`` folder, or a folder of several;
         * ``FILE.py:function``: executed; without arguments, yields ``dict[str, ndarray]`` or ``(dict, labels)``;
         * in Python, such an iterable (not a one-shot one); an onnxruntime ``CalibrationDataReader`` with a ``rewind()``;
