@@ -242,7 +242,8 @@ BAD_INPUT = [
     (COMPRESS + "--max-drop nan --evaluate data.npz", "max_drop nan was given"),
     (COMPRESS + "--max-drop inf --evaluate data.npz", "max_drop inf was given"),
     (COMPRESS + "--max-drop -0.1 --evaluate data.npz", "max_drop -0.1 was given"),
-    (COMPRESS + "--max-drop little --evaluate data.npz", "--max-drop: invalid float value: 'little'"),
+    (COMPRESS + "--max-drop little --evaluate data.npz", "max_drop 'little' was given: a number was expected"),
+    (COMPRESS + "--max-drop 1 --evaluate data.npz", "max_drop 1 was given: a share below 0.5"),
     (COMPRESS + "--max-drop 0.01 --evaluate data.npz --objective beauty", "objective 'beauty' was given"),
     (COMPRESS + "--rank magic", "there is no 'magic'"),
     (COMPRESS + "--rank energy=2", "rank estimator 'energy=2'"),
@@ -416,7 +417,7 @@ def test_a_broken_accuracy_is_exit_code_1_even_within_the_budget(folder: Path, r
 def test_a_fragile_model_is_left_dense_under_max_drop(folder: Path, run: Run) -> None:
     tiny.save(tiny.fragile(), Path("fragile.onnx"))
     tiny.save_data(Path("each.npz"), **tiny.one_hot())
-    line = f"compress fragile.onnx out/small.onnx --max-drop 0.05 --objective macs --evaluate each.npz {QUICK}"
+    line = f"compress fragile.onnx out/small.onnx --max-drop 5% --objective macs --evaluate each.npz {QUICK}"
     code, out, _ = run(line)
     assert code == 0
     assert "no plan lost as little as 0.05: the model is left as it is" in flat(out)
