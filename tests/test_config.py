@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnx_lowrank.cli import OPTIONS
 from onnx_lowrank.config import METHODS, Config, make_config, parse_budgets, parse_input_shapes, read_config
 from onnx_lowrank.decompositions import DECOMPOSITIONS
+from onnx_lowrank.options import OPTIONS
 from onnx_lowrank.types import Budget, LowRankError
 
 
