@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lowrank.types import Budget, LowRankError
+from onnx_lowrank.verification.metrics import DECIBELS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,6 +42,9 @@ TRAINING = ("none", "distill", "labels")
 PRECISIONS = ("float32", "bfloat16")
 """What products may be computed in when a model is trained."""
 
+MOST_DROP = 0.5
+"""From here on a `max_drop` is taken for a mistake: the model would be ruined."""
+
 CPU = "CPUExecutionProvider"
 
 TRAINING_ONLY = ("train", "epochs", "learning_rate", "augment", "loss", "batch_statistics", "precision")
@@ -62,9 +66,9 @@ class Config:
     metric
         ``top1``, ``top5``, ``agreement``, ``cosine``, ``sqnr``, ``psnr`` or ``FILE.py:function``.
     budget
-        Fractions of the original to stay within: ``macs``, ``params``, ``size`` or ``latency``.
+        Fractions of the original to stay within, 0.5 or ``"50%"``: ``macs``, ``params``, ``size`` or ``latency``.
     max_drop
-        Largest loss of the metric that is accepted, with 95 % confidence; of ``sqnr`` and ``psnr`` the largest share of
+        Largest loss of the metric that is accepted, with 95 % confidence: 0.01 or ``"1%"`` for one point, less than 0.5; of ``sqnr`` and ``psnr`` the largest share of
         noise: 0.01 is 20 dB.
     objective
         What to make small under `max_drop`.
@@ -195,6 +199,10 @@ class Config:
         _expect(sampled, f"quantize {self.quantize} and no samples", "calibrate DATA")
         held = self.max_drop is None or 0 <= self.max_drop < math.inf
         _expect(held, f"max_drop {self.max_drop}", "a number of at least 0")
+        # whoever writes 1 means one percent; of decibels all noise is 1, and a metric of one's own has any range
+        ranged = self.metric not in DECIBELS and ".py:" not in (self.metric or "")
+        meant = self.max_drop is None or not ranged or self.max_drop < MOST_DROP
+        _expect(meant, f"max_drop {self.max_drop or 0:g}", f"a share below {MOST_DROP:g} (0.01 or 1% for one point)")
         _expect(bool(self.methods), "an empty list of methods", "at least one decomposition")
         _expect(self.finetune in TRAINING, f"finetune '{self.finetune}'", f"one of {', '.join(TRAINING)}")
         fed = self.train is not None or (self.finetune == "distill" and self.calibrate is not None)
@@ -297,6 +305,16 @@ def _number(name: str, value: Any) -> float:
         raise LowRankError(f"{name} '{value}' was given: a number was expected") from error
 
 
+def _share(name: str, value: Any) -> float:
+    """A number; a text may say it in percent."""
+    if not (isinstance(value, str) and value.rstrip().endswith("%")):
+        return _number(name, value)
+    try:
+        return float(value.rstrip()[:-1]) / 100
+    except ValueError as error:
+        raise LowRankError(f"{name} '{value}' was given: a number was expected") from error
+
+
 def _whole(name: str, value: Any) -> int:
     _expect(hasattr(value, "__index__") and not isinstance(value, bool), f"{name} {value!r}", "a whole number")
     return operator.index(value)
@@ -323,7 +341,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 def _budgets(name: str, value: Any) -> tuple[Budget, ...]:
     """From a mapping, or from one or more Budgets and texts."""
     if isinstance(value, Mapping):
-        return tuple(Budget(metric, _number(f"budget {metric}", ratio)) for metric, ratio in value.items())
+        return tuple(Budget(metric, _share(f"budget {metric}", ratio)) for metric, ratio in value.items())
     items = value if isinstance(value, (list, tuple)) else [value]
     known = all(isinstance(item, (str, Budget)) for item in items)
     _expect(known, f"{name} {value!r}", "METRIC=RATIO, for example macs=0.5,")
@@ -366,7 +384,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("threads", "batch_size", "jobs", "seed", "align", "epochs", "train_batch"), _whole),
     "budget": _budgets,
     **dict.fromkeys(PAIRS, _pairs),
-    "max_drop": _number,
+    "max_drop": _share,
     **dict.fromkeys(("learning_rate", "orthogonality"), _number),
     **dict.fromkeys(("fold_batchnorm", "dequantize", "batch_statistics", "exact"), _truth),
     "input_shape": _shapes,
@@ -379,14 +397,14 @@ def parse_budgets(texts: Sequence[str]) -> tuple[Budget, ...]:
 
     Examples
     --------
-    >>> parse_budgets(["macs=0.5"])
-    (Budget(metric='macs', ratio=0.5),)
+    >>> parse_budgets(["macs=0.5", "params=40%"])
+    (Budget(metric='macs', ratio=0.5), Budget(metric='params', ratio=0.4))
     """
     budgets = []
     for text in texts:
         metric, found, ratio = text.partition("=")
         _expect(bool(found), f"budget '{text}'", "METRIC=RATIO, for example macs=0.5,")
-        budgets.append(Budget(metric, _number(f"budget {metric}", ratio)))
+        budgets.append(Budget(metric, _share(f"budget {metric}", ratio)))
     return tuple(budgets)
 
 

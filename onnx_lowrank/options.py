@@ -20,12 +20,12 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             {
                 "action": "append",
                 "metavar": "METRIC=RATIO",
-                "help": "macs, params, size or latency, as a fraction of the original; repeatable",
+                "help": "macs, params, size or latency, as a fraction of the original, 0.5 or 50%%; repeatable",
             },
         ),
         (
             "--max-drop",
-            {"type": float, "metavar": "X", "help": "largest loss of the metric accepted, with 95 %% confidence"},
+            {"metavar": "X", "help": "largest loss of the metric accepted, with 95 %% confidence: 0.01 or 1%%"},
         ),
         ("--objective", {"metavar": "METRIC", "help": "what to make small under --max-drop (default: latency)"}),
         (

@@ -103,6 +103,10 @@ def prepare(folder: Path) -> None:
     tiny.save_data(folder / "without_labels.npz", x=x)
     tiny.save_data(folder / "few_labels.npz", x=x, labels=np.zeros(39, int))
     tiny.save_data(folder / "wide_labels.npz", x=x, labels=np.zeros((40, 3), int))
+    tiny.save_data(folder / "text_labels.npz", x=x, labels=np.array(["cat", "dog"] * 20))
+    tiny.save_data(folder / "float_labels.npz", x=x, labels=np.zeros(40, "float32"))
+    tiny.save_data(folder / "hot_labels.npz", x=x, labels=np.eye(10)[np.arange(40) % 10])
+    tiny.save_data(folder / "renamed_labels.npz", x=x, y=np.zeros(40, int))
     tiny.save_data(folder / "pictures.npz", images=np.zeros((40, 8, 8, 1), "uint8"))
     (folder / "text.npz").write_text("This is no archive.\n")
     (folder / "data.csv").write_text("1,2\n")
@@ -183,7 +187,11 @@ BAD_INPUT = [
     (EVALUATE + "no_sample.npz", "no samples"),
     (EVALUATE + "not_finite.npz", "not finite"),
     (EVALUATE + "few_labels.npz", r"labels \(39,\) for 40 samples"),
-    (EVALUATE + "wide_labels.npz", r"labels of shape .* do not fit"),
+    (EVALUATE + "wide_labels.npz", r"wide_labels.npz: labels of shape .* do not fit"),
+    (EVALUATE + "text_labels.npz", r"text_labels.npz: labels of dtype <U3 were given: integers were expected"),
+    (EVALUATE + "float_labels.npz", r"float_labels.npz: labels of dtype float32 were given: integers were expected"),
+    (EVALUATE + "hot_labels.npz", r"hot_labels.npz: labels of shape .* one-hot, store labels.argmax"),
+    (EVALUATE + "renamed_labels.npz", r"renamed_labels.npz: array 'y' is not used: labels are called 'labels'"),
     (EVALUATE + "functions.py:data", "raised RuntimeError: two lines"),
     (EVALUATE + "functions.py:number", "no function 'number'"),
     (EVALUATE + "functions.py", "name the function"),
@@ -234,7 +242,8 @@ BAD_INPUT = [
     (COMPRESS + "--max-drop nan --evaluate data.npz", "max_drop nan was given"),
     (COMPRESS + "--max-drop inf --evaluate data.npz", "max_drop inf was given"),
     (COMPRESS + "--max-drop -0.1 --evaluate data.npz", "max_drop -0.1 was given"),
-    (COMPRESS + "--max-drop little --evaluate data.npz", "--max-drop: invalid float value: 'little'"),
+    (COMPRESS + "--max-drop little --evaluate data.npz", "max_drop 'little' was given: a number was expected"),
+    (COMPRESS + "--max-drop 1 --evaluate data.npz", "max_drop 1 was given: a share below 0.5"),
     (COMPRESS + "--max-drop 0.01 --evaluate data.npz --objective beauty", "objective 'beauty' was given"),
     (COMPRESS + "--rank magic", "there is no 'magic'"),
     (COMPRESS + "--rank energy=2", "rank estimator 'energy=2'"),
@@ -408,11 +417,25 @@ def test_a_broken_accuracy_is_exit_code_1_even_within_the_budget(folder: Path, r
 def test_a_fragile_model_is_left_dense_under_max_drop(folder: Path, run: Run) -> None:
     tiny.save(tiny.fragile(), Path("fragile.onnx"))
     tiny.save_data(Path("each.npz"), **tiny.one_hot())
-    line = f"compress fragile.onnx out/small.onnx --max-drop 0.05 --objective macs --evaluate each.npz {QUICK}"
+    line = f"compress fragile.onnx out/small.onnx --max-drop 5% --objective macs --evaluate each.npz {QUICK}"
     code, out, _ = run(line)
     assert code == 0
     assert "no plan lost as little as 0.05: the model is left as it is" in flat(out)
     assert onnx.load("out/small.onnx") == tiny.fragile()
+
+
+def test_labels_shifted_by_a_row_are_told_and_no_drop_is_promised_on_them(folder: Path, run: Run) -> None:
+    data = dict(np.load(models.DIGITS_TEST))
+    tiny.save_data(Path("shifted.npz"), input=data["input"], labels=np.roll(data["labels"], 1))
+    told = "right, no better than guessing among 10 classes: labels, preprocess or the order of classes are wrong"
+    line = f"compress {models.DIGITS} out/small.onnx --objective macs --evaluate shifted.npz {QUICK}"
+    before = tiny.contents(folder)
+    code, out, err = run(f"{line} --max-drop 0.02")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert told in err and "max_drop cannot be held on these samples" in err
+    assert tiny.contents(folder) == before
+    code, out, _ = run(f"verify {models.DIGITS} {models.DIGITS} --evaluate shifted.npz")
+    assert code == 0 and told in flat(out)
 
 
 def test_an_interrupt_is_exit_code_130_and_nothing_is_written(folder: Path, run: Run) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnx_lowrank.cli import OPTIONS
 from onnx_lowrank.config import METHODS, Config, make_config, parse_budgets, parse_input_shapes, read_config
 from onnx_lowrank.decompositions import DECOMPOSITIONS
+from onnx_lowrank.options import OPTIONS
 from onnx_lowrank.types import Budget, LowRankError
 
 
@@ -45,6 +45,7 @@ HALF = (Budget("macs", 0.5),)
     ("name", "forms", "value"),
     [
         ("budget", [{"macs": 0.5}, "macs=0.5", ["macs=0.5"], Budget("macs", 0.5), HALF, {"macs": "0.5"}], HALF),
+        ("budget", [{"macs": "50%"}, "macs=50%", ["macs=50 %"]], HALF),
         ("budget", [{"macs": 1, "size": 0.5}, ["macs=1", "size=0.5"]], (Budget("macs", 1.0), Budget("size", 0.5))),
         ("budget", [{}, []], ()),
         ("methods", ["svd,cp3", "svd, cp3,", ["svd", "cp3"], ("svd", "cp3")], ("svd", "cp3")),
@@ -53,7 +54,7 @@ HALF = (Budget("macs", 0.5),)
         ("input_shape", [{"x": (1, 3)}, {"x": [1, np.int64(3)]}, "x:1,3", ["x:1,3"]], {"x": (1, 3)}),
         ("provider_library", [{"Foo": Path("a=b.so")}, "Foo=a=b.so", ["Foo=a=b.so"]], {"Foo": "a=b.so"}),
         ("target", ["nnapi"], "nnapi"),
-        ("max_drop", [0.01, "0.01", np.float32(0.01).astype(float)], pytest.approx(0.01)),
+        ("max_drop", [0.01, "0.01", np.float32(0.01).astype(float), "1%", "1.0 % "], pytest.approx(0.01)),
         ("max_drop", [0, 0.0], 0.0),
         ("jobs", [3, np.int64(3)], 3),
         ("preprocess", ["a.toml", Path("a.toml")], "a.toml"),
@@ -86,6 +87,14 @@ def test_an_option_may_be_given_in_everyday_forms(name: str, forms: list[Any], v
         ("max_drop", float("nan"), "max_drop nan was given"),
         ("max_drop", float("inf"), "max_drop inf was given"),
         ("max_drop", "much", "max_drop 'much' was given: a number was expected"),
+        ("max_drop", "much%", "max_drop 'much%' was given: a number was expected"),
+        ("max_drop", "%", "max_drop '%' was given: a number was expected"),
+        ("max_drop", "-1%", "max_drop -0.01 was given: a number of at least 0 was expected"),
+        ("max_drop", 1, r"^max_drop 1 was given: a share below 0.5 \(0.01 or 1% for one point\) was expected$"),
+        ("max_drop", 0.5, "max_drop 0.5 was given: a share below 0.5"),
+        ("max_drop", "50%", "max_drop 0.5 was given: a share below 0.5"),
+        ("budget", "macs=500%", "budget macs=5: a fraction of the original above 0 and at most 1 was expected"),
+        ("budget", {"macs": "half%"}, "budget macs 'half%' was given: a number was expected"),
         ("max_drop", [0.1], "max_drop .* was given: a number was expected"),
         ("objective", "beauty", "objective 'beauty' was given: one of macs, params, size, latency was expected"),
         ("methods", "", "an empty list of methods was given: at least one decomposition was expected"),
@@ -122,6 +131,14 @@ def test_an_option_may_be_given_in_everyday_forms(name: str, forms: list[Any], v
 def test_a_value_that_makes_no_sense_is_refused(name: str, value: Any, match: str) -> None:
     with pytest.raises(LowRankError, match=match):
         make_config(**{name: value})
+
+
+def test_a_drop_of_half_and_more_is_taken_where_the_range_of_the_metric_is_not_that_of_a_share() -> None:
+    for metric in ("sqnr", "psnr", "mine.py:points"):
+        assert make_config(max_drop=3, metric=metric).max_drop == 3
+    for other in ("top1", "top5", "agreement", "cosine"):
+        with pytest.raises(LowRankError, match=r"max_drop 3 was given: a share below 0.5"):
+            make_config(max_drop=3, metric=other)
 
 
 def test_layers_are_chosen_by_patterns_of_their_names() -> None:

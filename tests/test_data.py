@@ -117,6 +117,27 @@ def test_an_npz_is_opened_without_pickle_and_refuses_objects(tmp_path: Path) -> 
         open_data(tmp_path / "x.npy", X)
 
 
+@pytest.mark.parametrize("name", ["label", "y", "targets"])
+def test_labels_under_another_name_are_not_left_out_in_silence(tmp_path: Path, name: str) -> None:
+    told = f"d.npz: array '{name}' is not used: labels are called 'labels': rename it"
+    for labels in (np.zeros(7, int), np.array(["cat"] * 7)):
+        with pytest.raises(LowRankError, match=told):
+            open_data(save(tmp_path / "d.npz", **{"x": ramp(7, 2), name: labels}), X)
+    with pytest.raises(LowRankError, match=told):
+        arrays = {"images": pixels(7, 4, 5, 3), name: np.zeros(7, int)}
+        open_data(save(tmp_path / "d.npz", **arrays), PICTURES, preprocess=RAW)
+    # what is no label for each sample is ignored, and so is what stands beside labels
+    remarks = {"mean": np.zeros(2), "table": np.zeros((7, 2)), "eight": np.zeros(8), "single": np.float32(1)}
+    assert open_data(save(tmp_path / "d.npz", x=ramp(7, 2), **remarks), X).labelled is False
+    assert open_data(save(tmp_path / "d.npz", x=ramp(7, 2), labels=np.zeros(7), **{name: np.zeros(7)}), X).labelled
+
+
+def test_text_in_the_place_of_labels_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "d.npz", x=ramp(2, 2), labels=np.array(["cat", "dog"]))
+    with pytest.raises(LowRankError, match=r"d\.npz: labels of dtype <U3 were given: integers were expected"):
+        open_data(path, X)
+
+
 @pytest.mark.parametrize("name", ["d.npz", "d.npy"])
 def test_fortran_order_and_foreign_byte_order_are_read(tmp_path: Path, name: str) -> None:
     x = ramp(5, 2)
@@ -370,7 +391,7 @@ def test_a_flat_folder_has_no_labels_and_batches_break_where_the_size_changes(tm
     assert [feeds["x"].shape for feeds, _ in data.batches(3)] == [(2, 3, 4, 5), (1, 3, 6, 5), (1, 3, 4, 5)]
     with pytest.raises(LowRankError, match="takes batches of 3, but the arrays change shape at sample 2"):
         open_data(tmp_path, [spec("x", 3, 3, "H", "W")], preprocess=RAW)
-    with pytest.raises(LowRankError, match=r"has shape \(1, 3, 6, 5\).*x float32 \(N, 3, 4, 5\)"):
+    with pytest.raises(LowRankError, match=r"2\.png: a picture of 6 x 5 .* \(3, 6, 5\).*x float32 \(N, 3, 4, 5\)"):
         list(open_data(tmp_path, PICTURES, preprocess=RAW).batches(1))
 
 
@@ -389,11 +410,63 @@ def test_folders_that_are_not_clear_are_refused(tmp_path: Path) -> None:
         open_data(tmp_path, [*PICTURES, spec("y", "N")], preprocess=RAW)
 
 
-def test_numbered_class_folders_out_of_order_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("1", "2", "10"):
+def test_class_folders_that_are_numbers_are_those_classes_with_gaps(tmp_path: Path) -> None:
+    for name in ("2", "10", "0003"):
         save_picture(tmp_path / name / "1.png", pixels(4, 5, 3))
-    open_data(tmp_path, PICTURES, preprocess=RAW)
-    assert "numbered in the order ['1', '10', '2']" in caplog.text
+    (tmp_path / "4").mkdir()  # a class without pictures shifts none
+    data = open_data(tmp_path, PICTURES, preprocess=RAW)
+    assert [listed(labels) for _, labels in data.batches(8)] == [[3, 10, 2]]
+    save_picture(tmp_path / "3" / "1.png", pixels(4, 5, 3))
+    with pytest.raises(LowRankError, match="two folders for class 3: one for each class was expected"):
+        open_data(tmp_path, PICTURES, preprocess=RAW)
+
+
+def test_one_name_that_is_no_number_makes_all_class_folders_names(tmp_path: Path) -> None:
+    for name in ("2", "10", "x"):
+        save_picture(tmp_path / name / "1.png", pixels(4, 5, 3))
+    data = open_data(tmp_path, PICTURES, preprocess=RAW)
+    assert [listed(labels) for _, labels in data.batches(8)] == [[0, 1, 2]]  # 10, 2, x
+
+
+def test_numbered_class_folders_without_a_picture_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    with pytest.raises(LowRankError, match=r"no pictures in any of its class folders, expected \.png"):
+        open_data(tmp_path, PICTURES, preprocess=RAW)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "told"),
+    [
+        (
+            Preprocess(resize=8, crop=6),
+            r"with resize = 8 and crop = 6, channels = RGB and layout = NCHW gives \(3, 6, 6\)",
+        ),
+        (Preprocess(resize=(4, 6)), r"with resize = \[4, 6\], channels"),
+        (Preprocess(channels="GRAY"), r"neither resize nor crop, channels = GRAY and layout = NCHW gives \(1, 4, 5\)"),
+        (
+            Preprocess(layout="NHWC"),
+            r"layout = NHWC gives \(4, 5, 3\), the model's input is x float32 \(N, 3, 4, 5\): correct",
+        ),
+    ],
+)
+def test_a_picture_that_comes_out_in_another_shape_is_told_by_the_preprocess(
+    tmp_path: Path, preprocess: Preprocess, told: str
+) -> None:
+    pytest.importorskip("PIL")
+    path = save(tmp_path / "d.npz", images=pixels(2, 4, 5, 3))
+    with pytest.raises(LowRankError, match=rf"d\.npz: sample 0: a picture of 4 x 5 \(height x width\) .*{told}"):
+        open_data(path, PICTURES, preprocess=preprocess)
+
+
+def test_arrays_in_the_other_layout_are_told_how_to_be_turned(tmp_path: Path) -> None:
+    cases = [
+        ((2, 4, 5, 3), PICTURES, r"NHWC: store array.transpose\(0, 3, 1, 2\)"),
+        ((2, 3, 4, 5), [spec("x", "N", None, None, 3)], r"NCHW: store array.transpose\(0, 2, 3, 1\)"),
+        ((2, 4, 6, 3), PICTURES, r"\(N, 3, 4, 5\)$"),
+    ]
+    for shape, inputs, told in cases:
+        with pytest.raises(LowRankError, match=told):
+            open_data(save(tmp_path / "d.npz", x=ramp(*shape)), inputs)
 
 
 def test_pictures_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
@@ -411,7 +484,7 @@ def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "1.png").write_bytes(b"")
     path = save(tmp_path / "d.npz", images=pixels(3, 4, 5, 3))
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(LowRankError, match=r"pip install onnx-lowrank\[images\]"):
+    with pytest.raises(LowRankError, match=r"pip install 'onnx-lowrank\[images\]'"):
         open_data(tmp_path, PICTURES, preprocess=RAW)
     assert open_data(path, PICTURES, preprocess=RAW).samples == 3  # pixels need no decoder
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import inspect
 import re
 import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -339,6 +341,25 @@ def test_an_unknown_option_in_a_document_would_be_found(
     for line in ("compress a.onnx b.onnx --smaller", "compress a.onnx b.onnx --budget flops=0.5", "shrink a.onnx"):
         assert main(line.split()) == 2
         assert not re.search("cannot be read|no such file|does not exist", capsys.readouterr().err)
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_test_imports_from_the_package_is_there(path: Path) -> None:
+    # pytest skips a module that cannot be imported without a word, because of --doctest-ignore-import-errors
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
+            try:
+                module = importlib.import_module(node.module or "")
+            except ModuleNotFoundError as error:
+                if (error.name or "").startswith(PACKAGE.name):
+                    raise
+                continue  # an extra that is not installed
+            for name in (alias.name for alias in node.names):
+                found = hasattr(module, name) or (hasattr(module, "__path__") and find_spec(f"{node.module}.{name}"))
+                assert found, f"{node.module} has no {name}"
 
 
 def test_every_method_and_default_named_in_the_code_exists() -> None:

@@ -144,7 +144,8 @@ def fixed_batch(inputs: Iterable[InputSpec]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _fits(given: Sequence[int], wanted: Sequence[int | str | None]) -> bool:
+def fits(given: Sequence[int], wanted: Sequence[int | str | None]) -> bool:
+    """Whether an array of the shape `given` is what an input of the shape `wanted` takes."""
     return len(given) == len(wanted) and all(
         not isinstance(size, int) or size == have for have, size in zip(given, wanted, strict=True)
     )
@@ -155,10 +156,10 @@ def conform(piece: Piece, inputs: Sequence[InputSpec], where: str, position: int
     feeds = {}
     for spec in inputs:
         array = piece.feeds[spec.name]
-        if not _fits(array.shape, spec.shape):
+        if not fits(array.shape, spec.shape):
             raise LowRankError(
                 f"{where}array {spec.name!r} has shape {shape_text(array.shape)} (first axis: samples), "
-                f"the model's input is {input_text(spec)}"
+                f"the model's input is {input_text(spec)}{_other_layout(array.shape, spec.shape)}"
             )
         array = feeds[spec.name] = cast(array, spec, where)
         if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
@@ -168,6 +169,15 @@ def conform(piece: Piece, inputs: Sequence[InputSpec], where: str, position: int
                 f"{position + first}: correct or remove it"
             )
     return feeds
+
+
+def _other_layout(given: tuple[int, ...], wanted: Sequence[int | str | None]) -> str:
+    """A hint where the channels are at the other end."""
+    if len(given) == 4:  # pictures
+        for name, axes in (("NHWC", (0, 3, 1, 2)), ("NCHW", (0, 2, 3, 1))):
+            if fits([given[axis] for axis in axes], wanted):
+                return f": it looks like {name}: store array.transpose{axes}"
+    return ""
 
 
 def cast(array: np.ndarray, spec: InputSpec, where: str) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -12,12 +11,10 @@ from typing import TypeAlias
 import numpy as np
 
 from onnx_lowrank.data.archives import Header, member_rows, open_archive, read_member
-from onnx_lowrank.data.dataset import Dataset, input_text
+from onnx_lowrank.data.dataset import Dataset, fits, input_text, shape_text
 from onnx_lowrank.data.pieces import Piece, Reader
 from onnx_lowrank.data.preprocess import Preprocess, apply_preprocess, decode_picture
 from onnx_lowrank.types import InputSpec, LowRankError
-
-logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -26,23 +23,29 @@ NamedPicture: TypeAlias = "tuple[str, np.ndarray, np.ndarray | int | None]"
 
 
 def open_picture_folder(path: Path, spec: InputSpec, preprocess: Preprocess) -> Dataset:
-    """A folder of pictures in the order of their names; class folders, sorted as text, are labels 0, 1, 2..."""
+    """A folder of pictures in the order of their names.
+
+    Class folders whose names are all whole numbers are the labels of those numbers; others, sorted as text, are 0, 1, 2...
+    """
     folders = sorted(item for item in path.iterdir() if item.is_dir() and not item.name.startswith("."))
     flat = _pictures(path.iterdir())
     if flat and folders:
         raise LowRankError(f"{path}: holds both pictures and folders: put every picture into a class folder, or none")
     if not flat and not folders:
         raise LowRankError(f"{path}: no pictures in it, expected {' '.join(SUFFIXES)}, or a folder for each class")
-    names = [folder.name for folder in folders]
-    if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
-        logger.warning("%s: class folders are numbered in the order %s...: pad the names with zeros", path, names[:4])
+    numbered = all(folder.name.isdecimal() and len(folder.name) < 19 for folder in folders)  # 64 bits
+    labels = [int(folder.name) for folder in folders] if numbered else list(range(len(folders)))
+    if twice := [label for label, other in pairwise(sorted(labels)) if label == other]:
+        raise LowRankError(f"{path}: two folders for class {twice[0]}: one for each class was expected")
     files: list[tuple[Path, int | None]] = [(file, None) for file in flat]
-    for label, folder in enumerate(folders):
+    for label, folder in zip(labels, folders, strict=True):
         found = _pictures(folder.rglob("*"))
-        # Left out silently, it would shift the labels of all classes after it.
-        if not found:
+        # Left out silently, it would shift the labels of all classes after it, where they have no numbers of their own.
+        if not found and not numbered:
             raise LowRankError(f"{folder}: no pictures in this class folder: fill or remove it")
         files += [(file, label) for file in found]
+    if not files:
+        raise LowRankError(f"{path}: no pictures in any of its class folders, expected {' '.join(SUFFIXES)}")
     return Dataset(str(path), (spec,), partial(read_pictures, partial(_folder, files), spec, preprocess), len(files))
 
 
@@ -90,6 +93,8 @@ def read_pictures(
             values = apply_preprocess(picture, preprocess)
         except LowRankError as error:
             raise LowRankError(f"{where}: {error}") from error
+        if not fits(values.shape, spec.shape[1:]):
+            raise LowRankError(f"{where}: {_misfit(picture, values, spec, preprocess)}")
         sample = values.astype(spec.dtype)
         if spec.dtype.kind in "iu" and not np.array_equal(sample, values):
             raise LowRankError(
@@ -97,6 +102,21 @@ def read_pictures(
                 f"leave out scale, mean and std"
             )
         yield Piece({spec.name: sample[None]}, None if label is None else np.asarray(label)[None], 1)
+
+
+def _misfit(picture: np.ndarray, values: np.ndarray, spec: InputSpec, preprocess: Preprocess) -> str:
+    """Why a picture is not what the model takes, in terms of the preprocess file."""
+    done = " and ".join(
+        f"{name} = {list(value) if isinstance(value, tuple) else value}"
+        for name, value in (("resize", preprocess.resize), ("crop", preprocess.crop))
+        if value is not None
+    )
+    sample = shape_text(values.shape)
+    return (
+        f"a picture of {picture.shape[0]} x {picture.shape[1]} (height x width) with {done or 'neither resize nor crop'}, "
+        f"channels = {preprocess.channels} and layout = {preprocess.layout} gives {sample}, "
+        f"the model's input is {input_text(spec)}: correct the preprocess file"
+    )
 
 
 def _folder(

@@ -171,7 +171,7 @@ def _pillow() -> ModuleType:
     try:
         from PIL import Image
     except ImportError as error:
-        raise LowRankError("pictures need Pillow: pip install onnx-lowrank[images]") from error
+        raise LowRankError("pictures need Pillow: pip install 'onnx-lowrank[images]'") from error
     return Image
 
 

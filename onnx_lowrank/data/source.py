@@ -39,11 +39,12 @@ def open_data(
     source
         One of
 
-        * ``.npz`` whose arrays are named as the inputs, with optional ``labels``; or, for a model of one input and with
+        * ``.npz`` whose arrays are named as the inputs, with optional ``labels`` (without those, an array of one number
+          for each sample under another name is refused); or, for a model of one input and with
           `preprocess`, ``images`` (uint8, (samples, height, width[, 1 or 3])) or ``jpeg`` with ``offsets``;
         * ``.npy``, for a model of one input;
-        * a folder of pictures, with `preprocess`: class folders, sorted as text, are labels 0, 1, 2...; a flat folder
-          has no labels;
+        * a folder of pictures, with `preprocess`: class folders, sorted as text, are labels 0, 1, 2..., or the numbers
+          that all of them are named by; a flat folder has no labels;
         * an ONNX ``test_data_set_*`` folder, or a folder of several;
         * ``FILE.py:function``: executed; without arguments, yields ``dict[str, ndarray]`` or ``(dict, labels)``;
         * in Python, such an iterable (not a one-shot one); an onnxruntime ``CalibrationDataReader`` with a ``rewind()``;
@@ -110,6 +111,11 @@ def _open_npz(path: Path, inputs: tuple[InputSpec, ...], preprocess: Preprocess 
     labels = None if "labels" in wanted else headers.get("labels")
     if labels is not None:
         _check_rows(path, labels)
+        if labels.dtype.kind not in "biuf":
+            raise LowRankError(
+                f"{path}: labels of dtype {labels.dtype} were given: integers were expected, the numbers of the classes in the "
+                f"model's scores: store those"
+            )
     columns = {name: headers[name] for name in wanted if name in headers}
     if not columns and len(inputs) == 1 and headers.keys() & {"images", "jpeg"}:
         dataset = _open_pictures(path, headers, labels, inputs, preprocess)
@@ -130,7 +136,18 @@ def _open_npz(path: Path, inputs: tuple[InputSpec, ...], preprocess: Preprocess 
         dataset = Dataset(str(path), inputs, read, columns[wanted[0]].shape[0])
     if labels is not None and labels.shape[:1] != (dataset.available,):
         raise LowRankError(f"{path}: labels {labels.shape} for {dataset.available} samples, expected one for each")
+    if "labels" not in headers:
+        _check_unused(path, headers, {*wanted, "images", "jpeg", "offsets"}, dataset.available)
     return dataset
+
+
+def _check_unused(path: Path, headers: dict[str, Header], used: set[str], samples: int | None) -> None:
+    """See that no array that looks like labels goes by another name: figures would quietly be made without them."""
+    for name, header in headers.items():
+        if name not in used and header.shape == (samples,):
+            raise LowRankError(
+                f"{path}: array {name!r} is not used: labels are called 'labels': rename it, or leave it out of the file"
+            )
 
 
 def _open_pictures(

@@ -190,6 +190,11 @@ class Bench:
 
         With calibration samples, the plan by the weights alone is one of them: no fit makes a model worse than that on
         the samples held out.
+
+        Raises
+        ------
+        LowRankError
+            Where a drop is to be held on samples that the original itself only guesses on.
         """
         plans = [self.planner.on_target(each) for each in (plan, *others)]
         plan = plans[0]
@@ -204,7 +209,13 @@ class Bench:
             del model  # a large one is on disk now, and two sessions are about to need the memory
             made.append((self._difference(placed.path) if len(variants) > 1 else 0.0, placed, each, layers))
         _, placed, chosen, layers = min(made, key=lambda item: item[0])
-        return self._measure(placed, chosen, layers)
+        attempt = self._measure(placed, chosen, layers)
+        if self.planner.config.max_drop is not None and attempt.accuracy.guesswork:
+            raise LowRankError(
+                f"max_drop cannot be held on these samples: {attempt.accuracy.guesswork}; mend them, or hold it on "
+                f"--metric agreement, which needs no labels"
+            )
+        return attempt
 
     def parts(self, attempt: Attempt) -> tuple[TargetResult, ...]:
         """How the target would cut the original and an attempt; nothing where that cannot be told without it."""
@@ -322,7 +333,10 @@ class Bench:
             if session.outputs != original.outputs:
                 raise LowRankError("the two models have different outputs: two versions of one model were expected")
             name, metric = self._metric
-            accuracy = check_accuracy(original, session, self._batches(), name, metric)
+            source = self._data.name if self._data else ""
+            accuracy = check_accuracy(original, session, self._batches(), name, metric, source)
+        if accuracy.guesswork and accuracy.guesswork not in self.notes:
+            self.notes += (accuracy.guesswork,)
         self._steps.append((path, self._step(placed.size, plan, accuracy)))
         return Attempt(plan, placed.model, path, layers, placed.size, accuracy)
 

@@ -28,6 +28,12 @@ from onnx_lowrank.verification.parts import AT_ONCE, PartSession, time_in_parts
 CONFIDENCE = 0.95
 """Of the upper bound on a drop, one-sided: what a promise is held with."""
 
+GUESSING = 0.01
+"""A model is no better than guessing where guessing alone would be right as often with at least this probability."""
+
+FEWEST_GUESSES = 20
+"""Samples below which nothing is said about guessing."""
+
 Batches = Iterable[tuple[Feeds, "np.ndarray | None"]]
 
 
@@ -58,6 +64,8 @@ class Accuracy:
     broken
         Samples for which the compressed model returns NaN or infinity where the original does not. They count as the
         worst that the metric knows.
+    classes
+        Of ``top1`` and ``top5`` with one label for each sample, how many there are to guess among; 0 otherwise.
     """
 
     metric: str
@@ -68,6 +76,32 @@ class Accuracy:
     samples: int
     others: dict[str, float]
     broken: int = 0
+    classes: int = 0
+
+    @property
+    def guesswork(self) -> str:
+        """Why nothing is learnt from these samples: the original is no better than guessing on them; otherwise empty.
+
+        By the exact one-sided test of the binomial distribution.
+
+        Examples
+        --------
+        >>> Accuracy("top1", 62 / 600, 0.1, 0.0033, 0.01, 600, {}, classes=10).guesswork.partition(":")[0]
+        'the original itself answers 62 of 600 right, no better than guessing among 10 classes'
+        >>> Accuracy("top1", 93 / 600, 0.1, 0.0033, 0.01, 600, {}, classes=10).guesswork
+        ''
+        """
+        if not self.classes or self.samples < FEWEST_GUESSES:
+            return ""
+        chance = min(1.0, (5 if self.metric == "top5" else 1) / self.classes)
+        right = round(self.original * self.samples)
+        # with few classes and samples not even a model that is always right could be told from luck
+        if chance**self.samples >= GUESSING or stats.binom.sf(right - 1, self.samples, chance) < GUESSING:
+            return ""
+        return (
+            f"the original itself answers {right} of {self.samples} right, no better than guessing among {self.classes} "
+            f"classes: labels, preprocess or the order of classes are wrong"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,6 +149,7 @@ def check_accuracy(
     batches: Batches,
     metric: str | None = None,
     custom: CustomMetric | None = None,
+    source: str = "",
 ) -> Accuracy:
     """Run both models over `batches` and compare them sample by sample.
 
@@ -126,6 +161,8 @@ def check_accuracy(
         Key of ``METRICS``; by default ``top1`` with labels and ``cosine`` without.
     custom
         A figure from all outputs and all labels at once, in the place of `metric`, which then only names it.
+    source
+        Where the samples are from, for messages.
 
     Raises
     ------
@@ -136,7 +173,7 @@ def check_accuracy(
     after: list[np.ndarray] = []
     near: dict[str, list[np.ndarray]] = {name: [] for name in ("agreement", "cosine", "sqnr")}
     kept = _Kept()
-    samples = broken = 0
+    samples = broken = classes = 0
     for reference, outputs, labels in _run_both(original, compressed, batches):
         _check_shapes(reference, outputs)
         spoiled = is_broken(outputs, reference)
@@ -150,7 +187,8 @@ def check_accuracy(
             continue
         score = find_metric(metric)
         if metric in NEED_LABELS:
-            _check_labels(metric, reference[0], labels)
+            _check_labels(metric, reference[0], labels, f"{source}: " if source else "")
+            classes = reference[0].shape[1] if reference[0].ndim == 2 else 0  # neighbouring positions are no samples
         before.append(score(reference, reference, labels))
         after.append(np.where(spoiled, WORST.get(metric, 0.0), score(outputs, reference, labels)))
     if not samples or metric is None:
@@ -169,7 +207,7 @@ def check_accuracy(
             each, others_each = (-np.minimum(10 ** (-scores / 10), 1.0) for scores in (each, others_each))
         drop, upper = float(each.mean() - others_each.mean()), drop_upper(each, others_each)
     # of a model that returns NaN nothing can be promised, not even where the original is wrong as well
-    return Accuracy(metric, first, second, drop, float("inf") if broken else upper, samples, others, broken)
+    return Accuracy(metric, first, second, drop, float("inf") if broken else upper, samples, others, broken, classes)
 
 
 def _run_both(
@@ -242,23 +280,32 @@ def _check_shapes(reference: Outputs, outputs: Outputs) -> None:
             )
 
 
-def _check_labels(metric: str, scores: np.ndarray, labels: np.ndarray | None) -> None:
+def _check_labels(metric: str, scores: np.ndarray, labels: np.ndarray | None, where: str) -> None:
     if labels is None:
-        raise LowRankError(f"metric {metric} needs labels, and the evaluation data has none: use agreement or cosine")
+        raise LowRankError(
+            f"{where}metric {metric} needs labels, and the evaluation data has none: use agreement or cosine"
+        )
     if scores.ndim < 2:
         raise LowRankError(
             f"metric {metric} needs scores of classes: the model's first output has shape {list(scores.shape)}"
         )
     if labels.shape != (scores.shape[0], *scores.shape[2:]):
+        hint = "; if they are one-hot, store labels.argmax(axis=1)" if labels.shape == scores.shape else ""
         raise LowRankError(
-            f"labels of shape {list(labels.shape)} do not fit the first output {list(scores.shape)}: one class for "
-            f"each sample (and position) was expected"
+            f"{where}labels of shape {list(labels.shape)} do not fit the first output {list(scores.shape)}: one class for "
+            f"each sample (and position) was expected{hint}"
+        )
+    if labels.dtype.kind not in "iu":
+        hint = ": store labels.astype('int64')" if labels.dtype.kind in "bf" else ""
+        raise LowRankError(
+            f"{where}labels of dtype {labels.dtype} were given: integers were expected, numbers of classes from 0 to "
+            f"{scores.shape[1] - 1}{hint}"
         )
     # in a segmentation some classes stand for "do not count", by a number beyond the scores
-    if labels.dtype.kind not in "iu" or (labels.ndim == 1 and not ((labels >= 0) & (labels < scores.shape[1])).all()):
+    if labels.ndim == 1 and not ((labels >= 0) & (labels < scores.shape[1])).all():
         raise LowRankError(
-            f"labels must be numbers of classes from 0 to {scores.shape[1] - 1}, the places in the model's scores: "
-            f"{labels.dtype} up to {labels.max()} was given"
+            f"{where}labels must be numbers of classes from 0 to {scores.shape[1] - 1}, the places in the model's scores: "
+            f"{labels.min()} to {labels.max()} were given"
         )
 
 

@@ -131,6 +131,26 @@ def test_a_metric_of_ones_own_sees_all_outputs_and_labels_at_once(tmp_path: Path
         bench.attempt(bench.planner.dense())
 
 
+def test_labels_that_the_original_only_guesses_are_noted_once_and_no_drop_is_held_on_them() -> None:
+    data = tiny.labelled(tiny.classifier(), 200)
+    data["labels"] = np.random.default_rng(1).integers(10, size=200)
+    with open_bench(planner(evaluate=batches(**data))) as bench:
+        for _ in range(2):
+            bench.attempt(bench.planner.smallest("macs"))
+        (note,) = bench.notes
+    assert "of 200 right, no better than guessing among" in note
+    work = planner(evaluate=batches(**data), max_drop=0.1)
+    with (
+        open_bench(work) as bench,
+        pytest.raises(LowRankError, match=r"^max_drop cannot be held on .* no better than gue"),
+    ):
+        bench.attempt(bench.planner.dense())
+    work = planner(evaluate=batches(**data), max_drop=0.1, metric="agreement")
+    with open_bench(work) as bench:
+        assert bench.attempt(bench.planner.dense()).accuracy.drop == 0
+        assert not bench.notes
+
+
 def test_latency_is_that_of_both_models_on_the_same_feeds() -> None:
     data = [{"x": tiny.inputs(30)}]
     with open_bench(planner(evaluate=data, batch_size=5, threads=1)) as bench:

@@ -422,6 +422,53 @@ def test_a_metric_that_is_not_a_number_for_the_original_is_refused():
         compare(SCORES, SCORES, custom=lambda outputs, labels: math.nan)
 
 
+# --- an original that guesses -------------------------------------------------------------------------------------
+
+
+def labelled_scores(samples, classes, right, rng=0):
+    """Scores of which the first `right` have the largest at their label."""
+    labels = np.random.default_rng(rng).integers(classes, size=samples)
+    given = np.where(np.arange(samples) < right, labels, (labels + 1) % classes)
+    return np.eye(classes)[given], labels
+
+
+def test_an_original_that_is_right_as_often_as_by_luck_is_told():
+    scores, labels = labelled_scores(600, 10, 62)
+    check = compare(scores, scores, labels)
+    assert check.guesswork == (
+        "the original itself answers 62 of 600 right, no better than guessing among 10 classes: labels, preprocess or "
+        "the order of classes are wrong"
+    )
+
+
+@pytest.mark.parametrize(("samples", "classes"), [(20, 10), (600, 10), (2000, 1000), (100, 2)])
+def test_what_counts_as_luck_is_the_exact_binomial_limit(samples, classes):
+    limit = next(k for k in range(samples) if stats.binom.sf(k - 1, samples, 1 / classes) < 0.01)
+    for right, guessed in ((0, True), (limit - 1, True), (limit, False), (samples, False)):
+        scores, labels = labelled_scores(samples, classes, right)
+        assert bool(compare(scores, scores, labels).guesswork) is guessed
+
+
+def test_for_top5_luck_is_five_times_as_likely():
+    scores, labels = labelled_scores(200, 100, 200)
+    scores -= 0.1 * np.eye(100)[(labels + 1) % 100]
+    for right, guessed in ((10, True), (40, False)):
+        shown = np.where(np.arange(200) < right, labels, (labels + 1) % 100)
+        assert bool(compare(scores, scores, shown, "top5").guesswork) is guessed
+    assert compare(scores, scores, labels, "top5").guesswork == ""
+
+
+def test_nothing_is_said_about_luck_where_it_could_not_be_told():
+    wrong, labels = labelled_scores(19, 10, 0)
+    assert compare(wrong, wrong, labels).guesswork == ""  # too few samples
+    wrong, labels = labelled_scores(50, 4, 0)
+    assert compare(wrong, wrong, labels, "top5").guesswork == ""  # always right
+    assert compare(wrong, wrong, labels, "agreement").guesswork == ""
+    assert compare(wrong, wrong, labels, "mine", custom=lambda outputs, labels: 0.0).guesswork == ""
+    assert compare(np.ones((50, 1)), np.ones((50, 1)), np.zeros(50, int)).guesswork == ""  # nothing to guess among
+    assert compare(np.stack([wrong] * 3, 2), np.stack([wrong] * 3, 2), np.stack([labels] * 3, 1)).guesswork == ""
+
+
 # --- what cannot be compared --------------------------------------------------------------------------------------
 
 
@@ -442,6 +489,28 @@ def test_labels_of_another_shape_are_refused(labels):
         LowRankError, match=r"^labels of shape \[.*\] do not fit the first output \[4, 3\]: one class for"
     ):
         compare(SCORES, SCORES, labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (
+            np.array(["cat", "dog", "cat", "dog"]),
+            "labels of dtype <U3 were given: integers were expected, numbers of classes from 0 to 2$",
+        ),
+        (
+            np.array([0.0, 1, 2, 0]),
+            r"labels of dtype float64 were given: integers .* 0 to 2: store labels\.astype\('int64'\)$",
+        ),
+        (np.eye(3)[[0, 1, 2, 0]], r"labels of shape \[4, 3\] .*; if they are one-hot, store labels\.argmax\(axis=1\)$"),
+        (np.array([1, 2, 3, 1]), "labels must be numbers of classes from 0 to 2, .*: 1 to 3 were given$"),
+    ],
+)
+def test_labels_that_are_no_numbers_of_classes_are_refused_with_their_source_and_the_cure(labels, told):
+    with pytest.raises(LowRankError, match=f"^{told}"):
+        compare(SCORES, SCORES, labels)
+    with pytest.raises(LowRankError, match=rf"^mine\.npz: {told}"):
+        check_accuracy(Fixed(SCORES), Fixed(SCORES), [({}, labels)], "top1", source="mine.npz")
 
 
 def test_an_output_without_classes_has_no_top1():
