@@ -11,6 +11,7 @@ from typing import Any
 from onnx_lowrank import runtime
 from onnx_lowrank.config import PLANNED, Config, make_config
 from onnx_lowrank.graph.probe import probe_model
+from onnx_lowrank.graph.shapes import declared
 from onnx_lowrank.interop import from_proto
 from onnx_lowrank.latency.bundle import Bundle, write_bundle
 from onnx_lowrank.planning.planner import Planner
@@ -181,7 +182,9 @@ def inspect(
         ]
     repeated = tuple(tuple(layer.name for layer in section.layers) for section in planner.subject.sections)
     seen = layer_details(planner) if details else ()
-    return Inspection(planner.subject.cost, tuple(views), planner.skips(), planner.subject.notes, repeated, seen)
+    subject = planner.subject
+    ends = declared(subject.model)
+    return Inspection(subject.cost, tuple(views), planner.skips(), subject.notes, repeated, seen, *ends)
 
 
 def bundle(

@@ -474,6 +474,7 @@ def test_quiet_prints_nothing(folder: Path, run: Run, line: str) -> None:
 def test_inspect_says_what_is_there_and_what_it_could_become(folder: Path, run: Run) -> None:
     code, out, err = run("inspect model.onnx --methods svd --align 1 --jobs 1")
     assert (code, err) == (0, "")
+    assert out.startswith("inputs: x float32 (N, 16); outputs: y float32 (N, 10)\n")
     assert "624 MACs for one sample, 648 parameters, 2 layers" in out
     # the largest rank r with r (16 + 24) <= 16 * 24 / 2, and its error
     kernel = np.linalg.svd(stored(tiny.classifier(), "w1").astype(float), compute_uv=False)
@@ -661,6 +662,8 @@ def test_the_package_runs_as_a_program(folder: Path) -> None:
 def test_what_is_inspected_and_verified_is_data_too(run: Run, folder: Path) -> None:
     assert run("inspect model.onnx --align 1 --json out/inspected.json --quiet")[0] == 0
     inspected = json.loads((folder / "out/inspected.json").read_text())
+    assert inspected["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["N", 16]}]
+    assert [each["name"] for each in inspected["outputs"]] == ["y"]
     assert inspected["original"]["macs"] >= sum(layer["macs"] for layer in inspected["layers"]) > 0
     for layer in inspected["layers"]:
         half = layer["half"]

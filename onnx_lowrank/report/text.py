@@ -9,6 +9,7 @@ from rich import box, markup
 from rich.table import Table
 
 from onnx_lowrank.candidates import show_rank
+from onnx_lowrank.graph.shapes import Tensor
 from onnx_lowrank.report import numbers
 from onnx_lowrank.report.data import Report, Size, TargetResult
 from onnx_lowrank.report.results import Inspection, Verification
@@ -63,6 +64,8 @@ def render_verification(check: Verification) -> Iterator[Renderable]:
 
 def render_inspection(view: Inspection) -> Iterator[Renderable]:
     """What `inspect` says."""
+    if view.inputs or view.outputs:
+        yield f"inputs: {_tensors(view.inputs)}; outputs: {_tensors(view.outputs)}"
     table = _table("layer", "op", "kernel", "MACs", "params", "at half cost", "error", numbers=(3, 4, 6))
     table.title, table.title_justify = _counts(view), "left"
     for layer in view.layers:
@@ -103,6 +106,12 @@ def _listed(names: Sequence[str]) -> str:
     if len(names) <= SHOWN_NAMES:
         return escape(", ".join(names))
     return escape(f"{', '.join(names[: SHOWN_NAMES - 1])} ... {names[-1]}: {len(names)} layers")
+
+
+def _tensors(tensors: Sequence[Tensor]) -> str:
+    """Inputs or outputs with their types, or the first of many."""
+    text = ", ".join(map(str, tensors[:SHOWN_NAMES])) or "none"
+    return escape(text) + (f" and {len(tensors) - SHOWN_NAMES} more" if len(tensors) > SHOWN_NAMES else "")
 
 
 def _counts(view: Inspection) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from onnx_lowrank.graph.shapes import Tensor
 from onnx_lowrank.report.data import BudgetResult, Report, Size
 from onnx_lowrank.report.results import Inspection, LayerView, Verification
 from onnx_lowrank.report.text import SHOWN_SKIPS, render_inspection, render_report, render_verification
@@ -178,6 +179,14 @@ def test_an_inspection_says_what_each_layer_could_become() -> None:
     assert cells(text, "fc")[-2:] == ["nothing to gain", ""]
     assert cells(text, "dw") == ["dw", "Conv", "depthwise"]
     assert "note: a note\n" in text
+
+
+def test_an_inspection_begins_with_the_inputs_and_the_outputs() -> None:
+    view = Inspection(Cost(1, 1), (), (), (), inputs=(Tensor("x[0]", "float32", ("N", 3, None)),))
+    assert shown(render_inspection(view)).startswith("inputs: x[0] float32 (N, 3, ?); outputs: none\n")
+    many = tuple(Tensor(f"y{i}", "int64", ()) for i in range(9))
+    text = shown(render_inspection(replace(view, outputs=(*many, Tensor("z", "sequence", None)))), width=160)
+    assert "outputs: y0 int64 (), y1 int64 (), y2 int64 (), y3 int64 () and 6 more\n" in text
 
 
 def test_a_layer_of_an_inspection_takes_one_line_of_80() -> None:
