@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         arguments.line = shlex.join(["onnx-lowrank", *(sys.argv[1:] if argv is None else argv)])
-        logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.ERROR, format="%(message)s")
+        logging.basicConfig(level=logging.ERROR, format="%(message)s")
+        logging.getLogger("onnx_lowrank").setLevel(logging.DEBUG if arguments.verbose else logging.ERROR)
         with _stoppable(arguments):
             return int(arguments.command(arguments))
     except LowRankError as error:
@@ -133,7 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=run)
         sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
-        sub.add_argument("--verbose", action="store_true", help="print what happens inside")
+        sub.add_argument(
+            "--verbose",
+            action="store_true",
+            help="print what happens inside; without a terminal, each stage as it begins",
+        )
         return sub
 
     sub = command("inspect", _inspect, "what is in a model, what each layer could become, why others are left alone")
@@ -316,8 +322,10 @@ def _print(arguments: argparse.Namespace, parts: Iterable[Any], *, wrap: bool = 
 
 @contextmanager
 def _progress(arguments: argparse.Namespace) -> Any:
-    """Bars on a terminal, nothing when piped or quiet."""
+    """Bars on a terminal; when piped nothing, or with --verbose a line as each stage begins; nothing when quiet."""
     console = Console(stderr=True)
+    told = arguments.verbose and not arguments.quiet and not console.is_terminal
+    start = time.monotonic()
     # 80 characters, whatever the stages are called
     columns = (
         TextColumn("{task.description:>11}"),
@@ -335,6 +343,8 @@ def _progress(arguments: argparse.Namespace) -> Any:
             name, _, note = stage.partition(": ")  # what follows may change: how well it goes
             if not total:
                 return
+            if told and name not in tasks:
+                console.print(f"{time.monotonic() - start:7.1f} s: {name}", markup=False, highlight=False)
             task, before = tasks.get(name) or (bars.add_task(name, total=total, note=""), 0)
             if done < before:  # the same again: how fast it went before says nothing
                 bars.reset(task)

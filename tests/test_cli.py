@@ -644,6 +644,18 @@ def test_a_pipe_gets_no_progress(folder: Path) -> None:
     assert max(map(len, run.stdout.splitlines())) <= 80
 
 
+def test_a_pipe_gets_a_line_as_each_stage_begins_where_it_asks_for_more(folder: Path, run: Run) -> None:
+    line = f"compress {models.DIGITS} out/small.onnx --max-drop 0.05 --objective macs --evaluate {models.DIGITS_TEST}"
+    code, plain, err = run(f"{line} {QUICK}")
+    assert (code, err) == (0, "")
+    code, out, err = run(f"{line} {QUICK} --verbose")
+    assert code == 0 and out.count("\n") == plain.count("\n")
+    begun = [found[2] for text in err.splitlines() if (found := re.fullmatch(r" *(\d+\.\d) s: (\w+)", text))]
+    assert {"analyze", "search", "factorize"} <= set(begun) and len(set(begun)) == len(begun)
+    assert run(f"{line} {QUICK} --verbose --quiet")[1] == ""
+    assert " s: " not in run(f"{line} {QUICK} --verbose --quiet")[2]
+
+
 def test_the_package_runs_as_a_program(folder: Path) -> None:
     def program(line: str) -> subprocess.CompletedProcess[str]:
         path = {"PYTHONPATH": str(Path(models.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
