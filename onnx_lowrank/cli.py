@@ -45,6 +45,9 @@ MET, UNMET, BAD_INPUT = 0, 1, 2
 STOPPED: dict[int, tuple[str, int]] = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 """What a signal is called, and the exit code of a run that it ended."""
 
+UNBROKEN = 100_000
+"""Columns of what is piped: no line is broken for a program that reads it."""
+
 GRACE_SECONDS = 10.0
 """Time to clean up after a signal. Files are whole at any moment; what is left in scratch folders goes with the next run."""
 
@@ -316,6 +319,8 @@ def _write_json(path: str, data: dict[str, Any]) -> None:
 def _print(arguments: argparse.Namespace, parts: Iterable[Any], *, wrap: bool = True) -> None:
     if not arguments.quiet:
         console = Console(highlight=False, emoji=False)
+        if not console.is_terminal:
+            console.width = UNBROKEN
         for part in parts:
             console.print(part, soft_wrap=not wrap)
 

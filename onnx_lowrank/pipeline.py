@@ -171,7 +171,7 @@ def inspect(
     """
     config = configured(config, options)
     planner = Planner(open_subject(model, config), config, progress)
-    views = []
+    views: list[LayerView] = []
     for group, candidates in zip(planner.subject.groups, planner.sets.all(), strict=False):
         dense = group.dense.cost
         small = [c for c in candidates if 2 * c.cost.macs <= dense.macs and 2 * c.cost.params <= dense.params]
@@ -180,6 +180,8 @@ def inspect(
             LayerView(layer.name, layer.op_type, layer.spec.weight_shape, layer.macs, layer.spec.params, half)
             for layer in group.layers
         ]
+    alone = {skip.layer for skip in planner.skips()}
+    views = [view for view in views if view.half or view.name not in alone]
     repeated = tuple(tuple(layer.name for layer in section.layers) for section in planner.subject.sections)
     seen = layer_details(planner) if details else ()
     subject = planner.subject

@@ -182,6 +182,14 @@ class Report:
         return plain(data)
 
 
+def by_reason(skips: Sequence[Skip]) -> list[tuple[str, list[Skip]]]:
+    """What was left alone, by reason, the commonest first."""
+    found: dict[str, list[Skip]] = {}
+    for skip in skips:
+        found.setdefault(skip.reason, []).append(skip)
+    return sorted(found.items(), key=lambda item: -len(item[1]))
+
+
 def plain(value: Any) -> Any:
     """Lists and dicts of plain values; null for what is not a number."""
     if isinstance(value, dict):

@@ -19,7 +19,7 @@ from typing import Any
 
 from onnx_lowrank.files import write_whole
 from onnx_lowrank.report import numbers
-from onnx_lowrank.report.data import BudgetResult, Report, Size, TargetResult, environment, package_version
+from onnx_lowrank.report.data import BudgetResult, Report, Size, TargetResult, by_reason, environment, package_version
 from onnx_lowrank.report.details import LayerDetails
 from onnx_lowrank.report.panels import (
     METRIC_OF,
@@ -31,7 +31,7 @@ from onnx_lowrank.report.panels import (
 )
 from onnx_lowrank.report.results import Inspection, Result, Verification
 from onnx_lowrank.runtime import simulated
-from onnx_lowrank.types import DENSE, Cost, LowRankError, Skip, printable
+from onnx_lowrank.types import DENSE, Cost, LowRankError, printable
 from onnx_lowrank.verification.verify import Accuracy, Latency
 
 HASHED_BYTES = 1 << 20
@@ -87,7 +87,7 @@ def result_page(result: Result, origin: Origin) -> str:
         network=_network(result.details, report.original, report.compressed),
         search=_search(report),
         latency=_latencies(report.latency),
-        skips=_skips(report.skips),
+        skips=by_reason(report.skips),
         placement=_placement(report.latency, report.targets),
         accuracy=report.accuracy,
         seconds=report.seconds,
@@ -124,7 +124,7 @@ def inspection_page(view: Inspection, origin: Origin) -> str:
         notes=view.notes,
         layers=panels(view.details, view.skips),
         network=_network(view.details, Size(view.cost.macs, view.cost.params, 0), None),
-        skips=_skips(view.skips),
+        skips=by_reason(view.skips),
         sections=view.sections,
         machine=environment(),
     )
@@ -380,14 +380,6 @@ def _placement(latencies: Sequence[Latency], targets: Sequence[TargetResult]) ->
     if not rows and not targets and not notes:
         return None
     return {"rows": rows, "notes": notes, "targets": targets}
-
-
-def _skips(skips: Sequence[Skip]) -> list[tuple[str, list[Skip]]]:
-    """By reason, the commonest first."""
-    by_reason: dict[str, list[Skip]] = {}
-    for skip in skips:
-        by_reason.setdefault(skip.reason, []).append(skip)
-    return sorted(by_reason.items(), key=lambda item: -len(item[1]))
 
 
 __all__ = ["Origin", "Panel", "inspection_page", "require_jinja", "result_page", "verification_page", "write_page"]

@@ -106,16 +106,42 @@ def test_nothing_is_wider_than_80_columns(many: int) -> None:
     for parts in (render_report(report), render_inspection(view), render_verification(check)):
         text = shown(parts)
         assert max(map(len, text.splitlines())) <= 80
-        assert re.sub(r"[│┃|\s]", "", text).count("Conv_output") > 0  # wrapped, not cut
-        assert "…" not in text
 
 
-def test_many_skips_are_counted_and_the_first_are_shown() -> None:
-    skips = tuple(Skip(f"node{i}", "Conv", "why") for i in range(SHOWN_SKIPS + 5))
+def test_a_name_too_long_for_a_terminal_is_cut_short_in_the_middle_and_piped_it_is_whole() -> None:
+    half = Candidate(("a",), "channel_svd_in", (64,), (), Cost(1, 1), 0.0625)
+    layer = LayerView("/layer1/layer1.0/conv1/Conv", "Conv", (64, 64, 3, 3), 2_359_296, 36_864, half)
+    view = Inspection(
+        Cost(1, 1), (layer,), (Skip(LONG, "Conv", "its weight is computed, not stored in the model"),), ()
+    )
+    text = shown(render_inspection(view))
+    (row,) = (line for line in text.splitlines() if "channel_svd_in 64" in line)
+    assert re.match(r"/lay…conv1/Conv +[│|]", row) and "0.25" in row
+    (row,) = (line for line in text.splitlines() if line.startswith("/bac"))
+    assert re.match(r"/bac\S+…\S+_quantized +[│|]", row)
+    piped = shown(render_inspection(view), width=100_000)
+    assert cells(piped, layer.name)[-2:] == ["channel_svd_in 64", "0.25"]
+    assert cells(piped, LONG) == [LONG, "Conv", "its weight is computed, not stored in the model"]
+
+
+def test_layers_left_alone_for_one_reason_are_one_row() -> None:
+    skips = (
+        Skip("a", "Gemm", "other"),
+        *(Skip(f"node{i}", "Conv", "why") for i in range(13)),
+        Skip("b", "Gemm", "other"),
+    )
+    text = shown(render_report(replace(REPORT, skips=skips)))
+    assert cells(text, "13 layers: node0, node1, node2, ...")[1:] == ["Conv", "why"]
+    assert cells(text, "2 layers: a, b")[1:] == ["Gemm", "other"]
+    assert "... and 10 more (--json F for all)\n" in text
+
+
+def test_many_reasons_are_counted_and_the_first_are_shown() -> None:
+    skips = tuple(Skip(f"node{i}", "Conv", f"why {i}") for i in range(SHOWN_SKIPS + 5))
     text = shown(render_report(replace(REPORT, skips=skips)))
     assert f"node{SHOWN_SKIPS - 1} " in text and f"node{SHOWN_SKIPS} " not in text
-    assert "... and 5 more, all in the JSON report\n" in text
-    assert "more, all in" not in shown(render_report(replace(REPORT, skips=skips[:SHOWN_SKIPS])))
+    assert "... and 5 more (--json F for all)\n" in text
+    assert "--json" not in shown(render_report(replace(REPORT, skips=skips[:SHOWN_SKIPS])))
 
 
 @pytest.mark.parametrize("name", ["[red]x[/red]", "[/]", "[bold]", "a[0]", "back\\[b]", ":smile:", "[link=x]"])
