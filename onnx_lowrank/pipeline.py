@@ -186,7 +186,8 @@ def inspect(
     seen = layer_details(planner) if details else ()
     subject = planner.subject
     ends = declared(subject.model)
-    return Inspection(subject.cost, tuple(views), planner.skips(), subject.notes, repeated, seen, *ends)
+    error_of = "output" if planner.fitting.wanted else "kernel"
+    return Inspection(subject.cost, tuple(views), planner.skips(), subject.notes, repeated, seen, *ends, error_of)
 
 
 def bundle(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -153,6 +154,11 @@ class Report:
     config: dict[str, Any] = field(default_factory=dict)
     targets: tuple[TargetResult, ...] = ()
     search: tuple[Step, ...] = ()
+
+    @property
+    def error_of(self) -> str:
+        """What the errors of layers are of: their outputs where they were fitted to samples, their kernels otherwise."""
+        return "kernel" if self.config.get("calibrate") is None else "output"
 
     @property
     def met(self) -> bool:

@@ -84,6 +84,7 @@ def result_page(result: Result, origin: Origin) -> str:
         budgets=[_budget(budget, report.accuracy) for budget in report.budgets],
         notes=report.notes,
         layers=panels(result.details, report.skips),
+        error_of=report.error_of,
         network=_network(result.details, report.original, report.compressed),
         search=_search(report),
         latency=_latencies(report.latency),
@@ -176,6 +177,7 @@ DEFAULTS: dict[str, Any] = {
     "budgets": (),
     "notes": (),
     "layers": (),
+    "error_of": "kernel",
     "network": None,
     "search": None,
     "latency": (),
@@ -278,8 +280,13 @@ def _counts(cost: Cost, layers: int) -> tuple[Card, ...]:
 def _budget(budget: BudgetResult, accuracy: Accuracy | None) -> dict[str, Any]:
     if budget.metric == "drop":
         metric = accuracy.metric if accuracy else ""
-        name = f"drop of {metric}, with 95 % confidence"
-        asked, reached = (numbers.difference(metric, value) for value in (budget.asked, budget.reached))
+        name, asked, reached = (
+            f"drop of {metric}",
+            *(numbers.difference(metric, v) for v in (budget.asked, budget.reached)),
+        )
+        if accuracy and not math.isnan(accuracy.drop_upper_95):
+            at_most = f"at most {reached}" if math.isfinite(budget.reached) else reached
+            reached = f"{numbers.difference(metric, accuracy.drop)}, {at_most} with 95 % confidence"
     else:
         name = METRIC_OF.get(budget.metric, budget.metric).removeprefix("predicted ")
         asked, reached = numbers.percent(budget.asked), numbers.percent(budget.reached)

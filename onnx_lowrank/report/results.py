@@ -126,6 +126,8 @@ class Inspection:
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     """What a user feeds, and what comes of it."""
+    error_of: str = "kernel"
+    """What the errors of candidates are of: the ``kernel``, or with samples an ``output``."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; of a layer's best candidate at half of its cost, what it is and what it costs."""

@@ -104,6 +104,9 @@ def render_report(report: Report) -> Iterator[Renderable]:
     for budget in report.budgets:
         mark = "[green]met[/]" if budget.met else "[red]not met[/]"
         foretold = "" if budget.predicted is None else f" (predicted {budget.predicted:.4g})"
+        if budget.metric == "drop" and report.accuracy is not None:
+            yield f"{_drop(report.accuracy)}; asked {budget.asked:.4g} - {mark}"
+            continue
         if not budget.measured:
             yield f"{budget.metric}: asked {budget.asked:.4g}, predicted {budget.reached:.4g}, not measured - {mark}"
             continue
@@ -114,6 +117,16 @@ def render_report(report: Report) -> Iterator[Renderable]:
         + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
         + "[/]"
     )
+
+
+def _drop(accuracy: Accuracy) -> str:
+    """What was lost, and what it may be at most: a promise is held on the second, where it can be told."""
+    text = f"drop: {accuracy.drop:+.4f}"
+    if math.isnan(accuracy.drop_upper_95):
+        return text
+    if math.isinf(accuracy.drop_upper_95):
+        return f"{text}, without bound"
+    return f"{text}, at most {accuracy.drop_upper_95:.4f} with 95 % confidence"
 
 
 def render_verification(check: Verification) -> Iterator[Renderable]:
@@ -129,7 +142,9 @@ def render_inspection(view: Inspection) -> Iterator[Renderable]:
         yield f"inputs: {_tensors(view.inputs)}; outputs: {_tensors(view.outputs)}"
     yield _counts(view)
     yield ""
-    table = _table("layer", "op", "kernel", "MACs", "params", "at half cost", "error", numbers=(3, 4, 6))
+    table = _table(
+        "layer", "op", "kernel", "MACs", "params", "at half cost", f"{view.error_of}\nerror", numbers=(3, 4, 6)
+    )
     for layer in view.layers:
         half = layer.half
         could = f"{half.decomposition} {show_rank(half.rank)}" if half else "nothing to gain"
@@ -145,7 +160,12 @@ def render_inspection(view: Inspection) -> Iterator[Renderable]:
     if view.layers:
         yield table
         yield ""
-        yield "[dim]error: relative error of the kernel, ||W - W~|| / ||W||, of the best decomposition at half the layer's MACs and parameters[/]"
+        of = (
+            "the kernel, ||W - W~|| / ||W||,"
+            if view.error_of == "kernel"
+            else "the model's outputs, this layer changed alone,"
+        )
+        yield f"[dim]{view.error_of} error: relative error of {of} of the best decomposition at half the layer's MACs and parameters[/]"
     if view.sections:
         yield "layers that repeat, and may share a factor (--methods joint_left, joint_right, joint_both):"
         yield from (f"  {_listed(section)}" for section in view.sections)
@@ -182,7 +202,7 @@ def _counts(view: Inspection) -> str:
 
 
 def _layer_table(report: Report) -> Table:
-    table = _table("layer", "decomposition", "rank", "MACs", "params", "rel. error", numbers=(2, 3, 4, 5))
+    table = _table("layer", "decomposition", "rank", "MACs", "params", f"{report.error_of} error", numbers=(2, 3, 4, 5))
     for layer in report.layers:
         table.add_row(
             Names(layer.name),

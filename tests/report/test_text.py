@@ -81,8 +81,32 @@ def test_a_report_of_an_unchanged_model_has_no_table_of_layers() -> None:
 
 
 def test_what_was_not_met_is_said() -> None:
-    text = shown(render_report(replace(REPORT, budgets=(BudgetResult("drop", 0.01, 0.5, False),))))
-    assert "drop: asked 0.01, reached 0.5 - not met\n" in text
+    text = shown(render_report(replace(REPORT, budgets=(BudgetResult("size", 0.01, 0.5, False),))))
+    assert "size: asked 0.01, reached 0.5 - not met\n" in text
+
+
+def test_of_a_promise_the_drop_its_bound_and_what_was_asked_are_told_apart() -> None:
+    report = replace(REPORT, budgets=(BudgetResult("drop", 0.01, 0.0213, False),))
+    text = shown(render_report(report))
+    assert "drop: +0.0125, at most 0.0213 with 95 % confidence; asked 0.01 - not met\n" in text
+    alone = replace(ACCURACY, drop_upper_95=math.nan, drop=-0.002)
+    text = shown(render_report(replace(report, accuracy=alone, budgets=(BudgetResult("drop", 0.01, -0.002, True),))))
+    assert "drop: -0.0020; asked 0.01 - met\n" in text
+    broken = replace(ACCURACY, drop_upper_95=math.inf)
+    text = shown(
+        render_report(replace(report, accuracy=broken, budgets=(BudgetResult("drop", 0.01, math.inf, False),)))
+    )
+    assert "drop: +0.0125, without bound; asked 0.01 - not met\n" in text
+
+
+def test_what_an_error_is_of_is_said_above_it() -> None:
+    assert "kernel error" in shown(render_report(REPORT))
+    assert "output error" in shown(render_report(replace(REPORT, config={"calibrate": "data.npz"})))
+    layer = LayerView("conv1", "Conv", (64, 32, 3, 3), 1, 1, None)
+    view = Inspection(Cost(1, 1), (layer,), (), ())
+    assert "kernel error: relative error of the kernel" in shown(render_inspection(view))
+    text = flat(shown(render_inspection(replace(view, error_of="output"))))
+    assert "output error: relative error of the model's outputs" in text
 
 
 @pytest.mark.parametrize("many", [1, 40])
@@ -116,7 +140,7 @@ def test_a_name_too_long_for_a_terminal_is_cut_short_in_the_middle_and_piped_it_
     )
     text = shown(render_inspection(view))
     (row,) = (line for line in text.splitlines() if "channel_svd_in 64" in line)
-    assert re.match(r"/lay…conv1/Conv +[│|]", row) and "0.25" in row
+    assert re.match(r"/lay…onv1/Conv +[│|]", row) and "0.25" in row
     (row,) = (line for line in text.splitlines() if line.startswith("/bac"))
     assert re.match(r"/bac\S+…\S+_quantized +[│|]", row)
     piped = shown(render_inspection(view), width=100_000)
@@ -217,9 +241,9 @@ def test_an_inspection_begins_with_the_inputs_and_the_outputs() -> None:
 
 def test_a_layer_of_an_inspection_takes_one_line_of_80() -> None:
     half = Candidate(("layer3.24.conv2",), "channel_svd_in", (64,), (), Cost(1, 1), 0.0625)
-    layer = LayerView("layer3.24.conv2", "Conv", (64, 64, 3, 3), 2_359_296, 36_864, half)
+    layer = LayerView("layer3.2.conv2", "Conv", (64, 64, 3, 3), 2_359_296, 36_864, half)
     text = shown(render_inspection(Inspection(Cost(10**9, 10**6), (layer,), (), ())))
-    assert cells(text, "layer3.24.conv2")[-2:] == ["channel_svd_in 64", "0.25"]
+    assert cells(text, "layer3.2.conv2")[-2:] == ["channel_svd_in 64", "0.25"]
 
 
 def test_of_many_layers_that_repeat_the_first_and_the_last_are_listed() -> None:
