@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
@@ -52,6 +53,9 @@ GRACE_SECONDS = 10.0
 """Time to clean up after a signal. Files are whole at any moment; what is left in scratch folders goes with the next run."""
 
 
+OUT_HELP = "model to write (.onnx, or .ort for mobile builds); what was not met goes to NAME.unmet.onnx"
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM: all that Ctrl-C stops and cleans up is stopped and cleaned up by it too."""
 
@@ -62,16 +66,30 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise LowRankError(f"{message}; see {self.prog} --help")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Told by the parser that met it: the one of a command knows its own options, and says which one is near."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            first = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(first, self._option_string_actions, n=1, cutoff=0.75)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return known, unknown
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0: everything asked for was met, 1: not met, 2: bad input."""
     errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     arguments = None
     try:
-        arguments = _parser().parse_args(argv)
+        parser = _parser()
+        arguments = parser.parse_args(argv)
+        if arguments.name is None:
+            parser.print_help()
+            parser.error("COMMAND was not given")
         arguments.line = shlex.join(["onnx-lowrank", *(sys.argv[1:] if argv is None else argv)])
         logging.basicConfig(level=logging.ERROR, format="%(message)s")
-        logging.getLogger("onnx_lowrank").setLevel(logging.DEBUG if arguments.verbose else logging.ERROR)
+        logging.getLogger("onnx_lowrank").setLevel(logging.DEBUG if arguments.verbose else logging.NOTSET)
         with _stoppable(arguments):
             return int(arguments.command(arguments))
     except LowRankError as error:
@@ -132,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="onnx-lowrank", description="Smaller, faster ONNX models by low-rank decomposition, after training."
     )
     parser.add_argument("--version", action="version", version=package_version())
-    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -146,12 +164,12 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("inspect", _inspect, "what is in a model, what each layer could become, why others are left alone")
-    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
     add_options(sub, "layers", "graph", "inputs", "target", "work", "reports", "page")
 
     sub = command("compress", _compress, "the main job: a smaller, faster model, checked")
-    sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("out", metavar="OUT")
+    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
+    sub.add_argument("out", metavar="OUT", help=OUT_HELP)
     add_options(
         sub,
         *("goal", "layers", "graph", "data", "training", "inputs", "target", "provider", "latency", "work"),
@@ -159,19 +177,19 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = command("apply", _apply, "a saved (and perhaps edited) plan, executed")
-    sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("plan_file", metavar="PLAN")
-    sub.add_argument("out", metavar="OUT")
+    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
+    sub.add_argument("plan_file", metavar="PLAN", help="plan to carry out: what --plan of compress wrote (.json)")
+    sub.add_argument("out", metavar="OUT", help=OUT_HELP)
     add_options(sub, "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports", "page")
 
     sub = command("verify", _verify, "accuracy, latency and placement of two models, side by side")
-    sub.add_argument("model", metavar="ORIGINAL")
-    sub.add_argument("other", metavar="OTHER")
+    sub.add_argument("model", metavar="ORIGINAL", help="model to compare with (.onnx)")
+    sub.add_argument("other", metavar="OTHER", help="model to compare: a version of the same (.onnx)")
     add_options(sub, "data", "inputs", "target", "provider", "latency", "reports", "page")
 
     sub = command("bundle", _bundle, "models and a script that measure on a device what a plan for it needs")
-    sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("out", metavar="OUT.zip")
+    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
+    sub.add_argument("out", metavar="OUT.zip", help="archive to write, for the device")
     add_options(sub, "layers", "inputs", "target", "latency", "work")
 
     sub = command(

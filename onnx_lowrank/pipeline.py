@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from onnx_lowrank.runtime import RunSettings
 from onnx_lowrank.search.bench import Attempt, Bench, open_bench
 from onnx_lowrank.search.search import budget_results
 from onnx_lowrank.subject import open_subject
-from onnx_lowrank.types import LowRankError, Plan, Progress, no_progress
+from onnx_lowrank.types import InputSpec, LowRankError, Plan, Progress, no_progress
 
 
 def analyze(model: Any, *, config: Config | None = None, progress: Progress = no_progress, **options: Any) -> Plan:
@@ -145,8 +145,11 @@ def verify(
     if config.quantize != "none" or config.dequantize:
         raise LowRankError("verify compares two models as they are: leave out quantize and dequantize")
     subject, second = open_subject(original, config), open_subject(other, config)
-    if [i.name for i in subject.inputs] != [i.name for i in second.inputs]:
-        raise LowRankError("the two models have different inputs: two versions of one model were expected")
+    if not _fed_alike(subject.inputs, second.inputs):
+        ends = (", ".join(map(str, declared(each.model)[0])) or "none" for each in (subject, second))
+        raise LowRankError(
+            f"the two models have different inputs, {' and '.join(ends)}: two versions of one model were expected"
+        )
     planner = Planner(subject, config, progress)
     with open_bench(planner) as bench:
         attempt = bench.measure(second.model, Plan(()), (), second.model.path)
@@ -155,6 +158,18 @@ def verify(
         targets = bench.parts(attempt)
         notes += on_target(planner, targets)
         return Verification(bench.original, attempt.size, attempt.accuracy, (latency,), notes, environment(), targets)
+
+
+def _fed_alike(first: Sequence[InputSpec], second: Sequence[InputSpec]) -> bool:
+    """Whether feeds of one model can be feeds of the other; an axis without a fixed size takes any, and so does no shape."""
+    return len(first) == len(second) and all(
+        (a.name, a.dtype) == (b.name, b.dtype)
+        and (not a.shape or not b.shape or len(a.shape) == len(b.shape))
+        and all(
+            x == y or not (isinstance(x, int) and isinstance(y, int)) for x, y in zip(a.shape, b.shape, strict=False)
+        )
+        for a, b in zip(first, second, strict=False)
+    )
 
 
 def inspect(

@@ -95,6 +95,14 @@ def prepare(folder: Path) -> None:
     tiny.save(tiny.without_layers(), folder / "relu.onnx")
     tiny.save(tiny.strange("Gelatinize"), folder / "operator.onnx")
     tiny.save(tiny.strange("strange.domain.Relu"), folder / "domain.onnx")
+    narrow, double = tiny.classifier(), tiny.without_layers()
+    narrow.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 15
+    narrow = with_stored(narrow, "w1", stored(narrow, "w1")[:, :15])
+    tiny.save(narrow, folder / "narrow.onnx")
+    del double.graph.input[:], double.graph.output[:]
+    double.graph.input.append(onnx.helper.make_tensor_value_info("x", onnx.TensorProto.DOUBLE, ["N", 16]))
+    double.graph.output.append(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.DOUBLE, ["N", 16]))
+    tiny.save(double, folder / "double.onnx")
     tiny.save_data(folder / "other_name.npz", z=x)
     tiny.save_data(folder / "other_shape.npz", x=x[:, :15])
     tiny.save_data(folder / "whole_numbers.npz", x=np.ones((40, 16), "int64"))
@@ -120,6 +128,7 @@ def prepare(folder: Path) -> None:
         "other": plan_of(choice("conv1")),
         "high": plan_of(choice(rank=17)),
         "zero": plan_of(choice(rank=0)),
+        "none": plan_of(choice(rank=[])),
         "two": plan_of(choice(rank=[2, 2])),
         "half": plan_of(choice(rank=2.5)),
         "infinite": '{"choices": [{"layers": ["first"], "decomposition": "svd", "rank": 1e999}]}',
@@ -171,7 +180,9 @@ BAD_INPUT = [
     ("inspect missing.onnx", "missing.onnx cannot be read"),
     ("inspect nan.onnx", "'w1' holds NaN or infinity"),
     ("verify model.onnx missing.onnx", "missing.onnx cannot be read"),
-    ("verify model.onnx digits.onnx", "different inputs"),
+    ("verify model.onnx digits.onnx", r"different inputs, x float32 \(N, 16\) and \S+ float32 \(.*\): two versions"),
+    ("verify model.onnx narrow.onnx", r"different inputs, x float32 \(N, 16\) and x float32 \(N, 15\): two versions"),
+    ("verify model.onnx double.onnx", r"different inputs, x float32 \(N, 16\) and x float64 \(N, 16\): two versions"),
     ("apply truncated.onnx list.json out/small.onnx", "cut short or damaged"),
     # the data
     (EVALUATE + "missing.npz", "missing.npz: no such file"),
@@ -229,7 +240,13 @@ BAD_INPUT = [
     (COMPRESS + "--budget macs=abc", "budget macs 'abc' was given: a number"),
     (COMPRESS + "--budget macs", "budget 'macs' was given: METRIC=RATIO"),
     (COMPRESS + "--budget flops=0.5", "budget flops=0.5 was given: one of macs, params"),
-    (COMPRESS + "--budget macs=0.5 --budget macs=0.4", "two budgets"),
+    (COMPRESS + "--budget macs=0.5 --budget macs=0.4", "2 budgets on macs were given"),
+    (COMPRESS + "--budget macs=0.5,params=0.5", "repeat --budget for another"),
+    (COMPRESS + "--quantize int8", r"quantize int8 needs samples: give calibrate \(--calibrate DATA\)$"),
+    (
+        COMPRESS + "--rank 8",
+        "rank '8' was given: an estimator was expected.* ranks by hand go into a plan: .* --plan F",
+    ),
     (COMPRESS + "--max-drop 0.01", "max_drop needs samples"),
     (COMPRESS + "--max-drop nan --evaluate data.npz", "max_drop nan was given"),
     (COMPRESS + "--max-drop inf --evaluate data.npz", "max_drop inf was given"),
@@ -257,14 +274,17 @@ BAD_INPUT = [
     (COMPRESS + ASKED + " --input-shape x:1,15", r"the model expects \[N, 16\]"),
     (COMPRESS + ASKED + " --input-shape x:16", r"the model expects \[N, 16\]"),
     # usage
-    ("", "COMMAND"),
     ("squeeze model.onnx", "invalid choice: 'squeeze'"),
     ("compress", "required: MODEL, OUT"),
     ("compress model.onnx", "required: OUT"),
     ("apply model.onnx list.json", "required: OUT"),
     ("verify model.onnx", "required: OTHER"),
     ("inspect", "required: MODEL"),
-    (COMPRESS + "--smaller", "unrecognized arguments: --smaller"),
+    (COMPRESS + "--smaller", "unrecognized arguments: --smaller; see onnx-lowrank compress --help$"),
+    (COMPRESS + "--bugdet macs=0.5", "--bugdet macs=0.5; did you mean --budget\\?; see onnx-lowrank compress --help$"),
+    (COMPRESS + "--max-dorp=0.5", "did you mean --max-drop\\?"),
+    ("verify model.onnx model.onnx --report", "--report: expected one argument; see onnx-lowrank verify --help$"),
+    ("--quite inspect model.onnx", "--quite; see onnx-lowrank --help$"),
     (COMPRESS + "--budget", "--budget: expected one argument"),
     # the config file
     (COMPRESS + "--config missing.toml", "missing.toml cannot be read"),
@@ -291,6 +311,7 @@ BAD_INPUT = [
     ("apply model.onnx other.json out/small.onnx", "names layer 'conv1', which the model does not have"),
     ("apply model.onnx high.json out/small.onnx", "rank 17 of svd for layer 'first': .* from 1 to 16"),
     ("apply model.onnx zero.json out/small.onnx", "rank 0 of svd for layer 'first'"),
+    ("apply model.onnx none.json out/small.onnx", r"rank \[\] of svd for layer 'first': 1 number\(s\)"),
     ("apply model.onnx two.json out/small.onnx", r"rank 2x2 of svd for layer 'first': 1 number\(s\)"),
     ("apply model.onnx half.json out/small.onnx", "choice 0 of the plan cannot be read"),
     ("apply model.onnx infinite.json out/small.onnx", "choice 0 of the plan cannot be read"),
@@ -316,6 +337,13 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
     assert err.startswith("onnx-lowrank: ") and err.endswith("\n") and err.count("\n") == 1, err
     assert re.search(match, err), err
     assert tiny.contents(bad_files) == before
+
+
+def test_without_a_command_the_commands_are_shown(run: Run) -> None:
+    code, out, err = run("")
+    assert code == 2
+    assert out.startswith("usage: onnx-lowrank ") and "compress" in out
+    assert err == "onnx-lowrank: COMMAND was not given; see onnx-lowrank --help\n"
 
 
 @pytest.mark.parametrize("share", [k / 12 for k in range(1, 12)])

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich import box, markup
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -46,11 +45,11 @@ class Names:
     def __init__(self, *names: str, before: str = "", after: str = "") -> None:
         self._names, self._before, self._after = [printable(name) for name in names], before, after
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Text]:
         comma = len(self._names) > 1 or bool(self._after)
         yield self._text([shortened(name, options.max_width - comma) for name in self._names])
 
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+    def __rich_measure__(self, console: Any, options: Any) -> Measurement:
         return Measurement(1, self._text(self._names).cell_len)
 
     def _text(self, names: Sequence[str]) -> Text:
@@ -78,7 +77,7 @@ class LayerTable(Table):
 
     sentences: int | None = None
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         needed = 0
         for index, column in enumerate(self.columns[1:], 1):
             cells = (column.header, *column.cells)
