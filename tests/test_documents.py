@@ -24,8 +24,9 @@ import pytest
 import models
 import onnx_lowrank as lr
 from models import layers
-from onnx_lowrank.cli import OPTIONS, main
+from onnx_lowrank.cli import main
 from onnx_lowrank.config import Config
+from onnx_lowrank.options import OPTIONS
 from tests.documents import Block, blocks, documents
 
 if sys.version_info >= (3, 11):
