@@ -117,7 +117,7 @@ def price(group: Group, name: str, rank: Rank, error: float) -> Candidate:
     highest = lift.max_rank(decomposition, specs)
     if len(rank) != len(highest) or any(not 1 <= r <= most for r, most in zip(rank, highest, strict=True)):
         raise LowRankError(
-            f"rank {show_rank(rank)} of {name} for layer '{group.names[0]}': {len(highest)} number(s) were expected, "
+            f"rank {show_rank(rank) or '[]'} of {name} for layer '{group.names[0]}': {len(highest)} number(s) were expected, "
             f"from 1 to {show_rank(highest)}"
         )
     chains = _chains(group, decomposition, rank)

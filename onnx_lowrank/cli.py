@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,8 +46,14 @@ MET, UNMET, BAD_INPUT = 0, 1, 2
 STOPPED: dict[int, tuple[str, int]] = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 """What a signal is called, and the exit code of a run that it ended."""
 
+UNBROKEN = 100_000
+"""Columns of what is piped: no line is broken for a program that reads it."""
+
 GRACE_SECONDS = 10.0
 """Time to clean up after a signal. Files are whole at any moment; what is left in scratch folders goes with the next run."""
+
+
+OUT_HELP = "model to write (.onnx, or .ort for mobile builds); what was not met goes to NAME.unmet.onnx"
 
 
 class _Terminated(KeyboardInterrupt):
@@ -58,15 +66,30 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise LowRankError(f"{message}; see {self.prog} --help")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Told by the parser that met it: the one of a command knows its own options, and says which one is near."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            first = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(first, self._option_string_actions, n=1, cutoff=0.75)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return known, unknown
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0: everything asked for was met, 1: not met, 2: bad input."""
     errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     arguments = None
     try:
-        arguments = _parser().parse_args(argv)
+        parser = _parser()
+        arguments = parser.parse_args(argv)
+        if arguments.name is None:
+            parser.print_help()
+            parser.error("COMMAND was not given")
         arguments.line = shlex.join(["onnx-lowrank", *(sys.argv[1:] if argv is None else argv)])
-        logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.ERROR, format="%(message)s")
+        logging.basicConfig(level=logging.ERROR, format="%(message)s")
+        logging.getLogger("onnx_lowrank").setLevel(logging.DEBUG if arguments.verbose else logging.NOTSET)
         with _stoppable(arguments):
             return int(arguments.command(arguments))
     except LowRankError as error:
@@ -127,22 +150,26 @@ def _parser() -> argparse.ArgumentParser:
         prog="onnx-lowrank", description="Smaller, faster ONNX models by low-rank decomposition, after training."
     )
     parser.add_argument("--version", action="version", version=package_version())
-    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=run)
         sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
-        sub.add_argument("--verbose", action="store_true", help="print what happens inside")
+        sub.add_argument(
+            "--verbose",
+            action="store_true",
+            help="print what happens inside; without a terminal, each stage as it begins",
+        )
         return sub
 
     sub = command("inspect", _inspect, "what is in a model, what each layer could become, why others are left alone")
-    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
     add_options(sub, "layers", "graph", "inputs", "target", "work", "reports", "page")
 
     sub = command("compress", _compress, "the main job: a smaller, faster model, checked")
-    sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("out", metavar="OUT")
+    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
+    sub.add_argument("out", metavar="OUT", help=OUT_HELP)
     add_options(
         sub,
         *("goal", "layers", "graph", "data", "training", "inputs", "target", "provider", "latency", "work"),
@@ -150,19 +177,19 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = command("apply", _apply, "a saved (and perhaps edited) plan, executed")
-    sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("plan_file", metavar="PLAN")
-    sub.add_argument("out", metavar="OUT")
+    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
+    sub.add_argument("plan_file", metavar="PLAN", help="plan to carry out: what --plan of compress wrote (.json)")
+    sub.add_argument("out", metavar="OUT", help=OUT_HELP)
     add_options(sub, "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports", "page")
 
     sub = command("verify", _verify, "accuracy, latency and placement of two models, side by side")
-    sub.add_argument("model", metavar="ORIGINAL")
-    sub.add_argument("other", metavar="OTHER")
+    sub.add_argument("model", metavar="ORIGINAL", help="model to compare with (.onnx)")
+    sub.add_argument("other", metavar="OTHER", help="model to compare: a version of the same (.onnx)")
     add_options(sub, "data", "inputs", "target", "provider", "latency", "reports", "page")
 
     sub = command("bundle", _bundle, "models and a script that measure on a device what a plan for it needs")
-    sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("out", metavar="OUT.zip")
+    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
+    sub.add_argument("out", metavar="OUT.zip", help="archive to write, for the device")
     add_options(sub, "layers", "inputs", "target", "latency", "work")
 
     sub = command(
@@ -310,14 +337,18 @@ def _write_json(path: str, data: dict[str, Any]) -> None:
 def _print(arguments: argparse.Namespace, parts: Iterable[Any], *, wrap: bool = True) -> None:
     if not arguments.quiet:
         console = Console(highlight=False, emoji=False)
+        if not console.is_terminal:
+            console.width = UNBROKEN
         for part in parts:
             console.print(part, soft_wrap=not wrap)
 
 
 @contextmanager
 def _progress(arguments: argparse.Namespace) -> Any:
-    """Bars on a terminal, nothing when piped or quiet."""
+    """Bars on a terminal; when piped nothing, or with --verbose a line as each stage begins; nothing when quiet."""
     console = Console(stderr=True)
+    told = arguments.verbose and not arguments.quiet and not console.is_terminal
+    start = time.monotonic()
     # 80 characters, whatever the stages are called
     columns = (
         TextColumn("{task.description:>11}"),
@@ -335,6 +366,8 @@ def _progress(arguments: argparse.Namespace) -> Any:
             name, _, note = stage.partition(": ")  # what follows may change: how well it goes
             if not total:
                 return
+            if told and name not in tasks:
+                console.print(f"{time.monotonic() - start:7.1f} s: {name}", markup=False, highlight=False)
             task, before = tasks.get(name) or (bars.add_task(name, total=total, note=""), 0)
             if done < before:  # the same again: how fast it went before says nothing
                 bars.reset(task)

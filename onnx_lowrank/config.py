@@ -44,6 +44,8 @@ PRECISIONS = ("float32", "bfloat16")
 
 MOST_DROP = 0.5
 """From here on a `max_drop` is taken for a mistake: the model would be ruined."""
+CALIBRATE = "calibrate (--calibrate DATA)"
+"""What brings samples, in the words of Python and of the shell."""
 
 CPU = "CPUExecutionProvider"
 
@@ -190,13 +192,15 @@ class Config:
         sampled = self.calibrate is not None or (
             self.damage in ("output", "weights", "energy") and self.solver != "enc_inf"
         )
-        _expect(sampled, f"damage {self.damage} with solver {self.solver} and no samples", "calibrate DATA")
+        _needs(sampled, f"damage {self.damage} with solver {self.solver} needs samples", CALIBRATE)
         names = [budget.metric for budget in self.budget]
-        _expect(len(set(names)) == len(names), f"two budgets for {names}", "one for each metric")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise LowRankError(f"{names.count(twice)} budgets on {twice} were given: one for each metric was expected")
         _expect(self.objective in metrics, f"objective '{self.objective}'", f"one of {', '.join(metrics)}")
         _expect(self.quantize in QUANTIZATIONS, f"quantize '{self.quantize}'", f"one of {', '.join(QUANTIZATIONS)}")
         sampled = self.quantize == "none" or self.calibrate is not None
-        _expect(sampled, f"quantize {self.quantize} and no samples", "calibrate DATA")
+        _needs(sampled, f"quantize {self.quantize} needs samples", CALIBRATE)
         held = self.max_drop is None or 0 <= self.max_drop < math.inf
         _expect(held, f"max_drop {self.max_drop}", "a number of at least 0")
         # whoever writes 1 means one percent; of decibels all noise is 1, and a metric of one's own has any range
@@ -206,7 +210,8 @@ class Config:
         _expect(bool(self.methods), "an empty list of methods", "at least one decomposition")
         _expect(self.finetune in TRAINING, f"finetune '{self.finetune}'", f"one of {', '.join(TRAINING)}")
         fed = self.train is not None or (self.finetune == "distill" and self.calibrate is not None)
-        _expect(self.finetune == "none" or fed, f"finetune {self.finetune} and no samples", "train DATA")
+        what, other = ("samples", f"{CALIBRATE} or ") if self.finetune == "distill" else ("samples with labels", "")
+        _needs(self.finetune == "none" or fed, f"finetune {self.finetune} needs {what}", f"{other}train (--train DATA)")
         rate = self.learning_rate
         _expect(rate is None or 0 < rate < math.inf, f"learning_rate {rate}", "a number above 0")
         _expect(self.epochs is None or self.epochs >= 1, f"epochs {self.epochs}", "a whole number of at least 1")
@@ -216,17 +221,19 @@ class Config:
         named = self.precision is None or self.precision in PRECISIONS
         _expect(named, f"precision '{self.precision}'", f"one of {', '.join(PRECISIONS)}")
         idle = [name for name in TRAINING_ONLY if self.finetune == "none" and getattr(self, name) is not None]
-        _expect(not idle, f"{', '.join(idle)} and nothing to train", "finetune distill or labels")
-        _expect(self.loss is None or self.finetune == "labels", "a loss to distill", "finetune labels")
+        _needs(not idle, f"nothing is trained that {', '.join(idle)} could be of", "finetune distill or labels")
+        labelled = self.loss is None or self.finetune == "labels"
+        _needs(labelled, "a loss of one's own takes labels", "finetune labels, or leave loss out")
         _expect(bool(self.trained), "an empty list of tensors to train", "all, touched or patterns")
         for name, least in (("train_batch", 1), ("threads", 0), ("batch_size", 1), ("jobs", 0), ("seed", 0)):
             _expect(
                 getattr(self, name) >= least, f"{name} {getattr(self, name)}", f"a whole number of at least {least}"
             )
         alone = self.cluster is None or not self.jobs
-        _expect(alone, f"jobs {self.jobs} and cluster {self.cluster}", "one of them")
+        _needs(alone, f"jobs {self.jobs} and cluster {self.cluster} exclude each other", "one of them")
         _expect("://" in (self.cluster or "://"), f"cluster '{self.cluster}'", "an address such as tcp://10.0.0.1:8786")
-        _expect(self.accelerated or not self.provider_option, "provider_option and no provider", "provider NAME")
+        known = self.accelerated or not self.provider_option
+        _needs(known, "provider_option is for a provider beside the CPU", "provider (--provider NAME)")
         _expect(self.align is None or self.align >= 1, f"align {self.align}", "a whole number of at least 1")
 
     @property
@@ -272,6 +279,11 @@ class Config:
 def _expect(condition: bool, given: str, expected: str) -> None:
     if not condition:
         raise LowRankError(f"{given} was given: {expected} was expected")
+
+
+def _needs(condition: bool, why: str, give: str) -> None:
+    if not condition:
+        raise LowRankError(f"{why}: give {give}")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -404,6 +416,8 @@ def parse_budgets(texts: Sequence[str]) -> tuple[Budget, ...]:
     for text in texts:
         metric, found, ratio = text.partition("=")
         _expect(bool(found), f"budget '{text}'", "METRIC=RATIO, for example macs=0.5,")
+        if "," in ratio:
+            raise LowRankError(f"budget '{text}' was given: one METRIC=RATIO was expected, repeat --budget for another")
         budgets.append(Budget(metric, _share(f"budget {metric}", ratio)))
     return tuple(budgets)
 

@@ -110,7 +110,11 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ),
         (
             "--orthogonality",
-            {"type": float, "metavar": "X", "help": "weight of it in the recipe orthogonal (default: 1; 0: none)"},
+            {
+                "type": float,
+                "metavar": "X",
+                "help": "what the distance of factors from orthogonal ones counts in the recipe orthogonal (default: 1; 0: nothing)",
+            },
         ),
         ("--device", {"metavar": "NAME", "help": "cpu or cuda (default: cpu)"}),
         (

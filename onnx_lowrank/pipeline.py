@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from onnx_lowrank import runtime
 from onnx_lowrank.config import PLANNED, Config, make_config
 from onnx_lowrank.graph.probe import probe_model
+from onnx_lowrank.graph.shapes import declared
 from onnx_lowrank.interop import from_proto
 from onnx_lowrank.latency.bundle import Bundle, write_bundle
 from onnx_lowrank.planning.planner import Planner
@@ -25,7 +26,7 @@ from onnx_lowrank.runtime import RunSettings
 from onnx_lowrank.search.bench import Attempt, Bench, open_bench
 from onnx_lowrank.search.search import budget_results
 from onnx_lowrank.subject import Subject, check_patterns, open_subject
-from onnx_lowrank.types import LowRankError, Plan, Progress, no_progress
+from onnx_lowrank.types import InputSpec, LowRankError, Plan, Progress, no_progress
 
 UNFITTED = (
     "the plan was made for kernels fitted to samples, and none were given: without --calibrate they are those of the weights "
@@ -150,8 +151,11 @@ def verify(
     if config.quantize != "none" or config.dequantize:
         raise LowRankError("verify compares two models as they are: leave out quantize and dequantize")
     subject, second = open_subject(original, config), open_subject(other, config)
-    if [i.name for i in subject.inputs] != [i.name for i in second.inputs]:
-        raise LowRankError("the two models have different inputs: two versions of one model were expected")
+    if not _fed_alike(subject.inputs, second.inputs):
+        ends = (", ".join(map(str, declared(each.model)[0])) or "none" for each in (subject, second))
+        raise LowRankError(
+            f"the two models have different inputs, {' and '.join(ends)}: two versions of one model were expected"
+        )
     planner = Planner(subject, config, progress)
     with open_bench(planner) as bench:
         attempt = bench.measure(second.model, Plan(()), (), second.model.path)
@@ -160,6 +164,18 @@ def verify(
         targets = bench.parts(attempt)
         notes += on_target(planner, targets)
         return Verification(bench.original, attempt.size, attempt.accuracy, (latency,), notes, environment(), targets)
+
+
+def _fed_alike(first: Sequence[InputSpec], second: Sequence[InputSpec]) -> bool:
+    """Whether feeds of one model can be feeds of the other; an axis without a fixed size takes any, and so does no shape."""
+    return len(first) == len(second) and all(
+        (a.name, a.dtype) == (b.name, b.dtype)
+        and (not a.shape or not b.shape or len(a.shape) == len(b.shape))
+        and all(
+            x == y or not (isinstance(x, int) and isinstance(y, int)) for x, y in zip(a.shape, b.shape, strict=False)
+        )
+        for a, b in zip(first, second, strict=False)
+    )
 
 
 def inspect(
@@ -176,7 +192,7 @@ def inspect(
     """
     config = configured(config, options)
     planner = Planner(_opened(model, config), config, progress)
-    views = []
+    views: list[LayerView] = []
     for group, candidates in zip(planner.subject.groups, planner.sets.all(), strict=False):
         dense = group.dense.cost
         small = [c for c in candidates if 2 * c.cost.macs <= dense.macs and 2 * c.cost.params <= dense.params]
@@ -185,9 +201,14 @@ def inspect(
             LayerView(layer.name, layer.op_type, layer.spec.weight_shape, layer.macs, layer.spec.params, half)
             for layer in group.layers
         ]
+    alone = {skip.layer for skip in planner.skips()}
+    views = [view for view in views if view.half or view.name not in alone]
     repeated = tuple(tuple(layer.name for layer in section.layers) for section in planner.subject.sections)
     seen = layer_details(planner) if details else ()
-    return Inspection(planner.subject.cost, tuple(views), planner.skips(), planner.subject.notes, repeated, seen)
+    subject = planner.subject
+    ends = declared(subject.model)
+    error_of = "output" if planner.fitting.wanted else "kernel"
+    return Inspection(subject.cost, tuple(views), planner.skips(), subject.notes, repeated, seen, *ends, error_of)
 
 
 def bundle(

@@ -95,6 +95,14 @@ def prepare(folder: Path) -> None:
     tiny.save(tiny.without_layers(), folder / "relu.onnx")
     tiny.save(tiny.strange("Gelatinize"), folder / "operator.onnx")
     tiny.save(tiny.strange("strange.domain.Relu"), folder / "domain.onnx")
+    narrow, double = tiny.classifier(), tiny.without_layers()
+    narrow.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 15
+    narrow = with_stored(narrow, "w1", stored(narrow, "w1")[:, :15])
+    tiny.save(narrow, folder / "narrow.onnx")
+    del double.graph.input[:], double.graph.output[:]
+    double.graph.input.append(onnx.helper.make_tensor_value_info("x", onnx.TensorProto.DOUBLE, ["N", 16]))
+    double.graph.output.append(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.DOUBLE, ["N", 16]))
+    tiny.save(double, folder / "double.onnx")
     tiny.save_data(folder / "other_name.npz", z=x)
     tiny.save_data(folder / "other_shape.npz", x=x[:, :15])
     tiny.save_data(folder / "whole_numbers.npz", x=np.ones((40, 16), "int64"))
@@ -124,6 +132,7 @@ def prepare(folder: Path) -> None:
         "other": plan_of(choice("conv1")),
         "high": plan_of(choice(rank=17)),
         "zero": plan_of(choice(rank=0)),
+        "none": plan_of(choice(rank=[])),
         "two": plan_of(choice(rank=[2, 2])),
         "half": plan_of(choice(rank=2.5)),
         "infinite": '{"choices": [{"layers": ["first"], "decomposition": "svd", "rank": 1e999}]}',
@@ -175,7 +184,9 @@ BAD_INPUT = [
     ("inspect missing.onnx", "missing.onnx cannot be read"),
     ("inspect nan.onnx", "'w1' holds NaN or infinity"),
     ("verify model.onnx missing.onnx", "missing.onnx cannot be read"),
-    ("verify model.onnx digits.onnx", "different inputs"),
+    ("verify model.onnx digits.onnx", r"different inputs, x float32 \(N, 16\) and \S+ float32 \(.*\): two versions"),
+    ("verify model.onnx narrow.onnx", r"different inputs, x float32 \(N, 16\) and x float32 \(N, 15\): two versions"),
+    ("verify model.onnx double.onnx", r"different inputs, x float32 \(N, 16\) and x float64 \(N, 16\): two versions"),
     ("apply truncated.onnx list.json out/small.onnx", "cut short or damaged"),
     # the data
     (EVALUATE + "missing.npz", "missing.npz: no such file"),
@@ -237,7 +248,13 @@ BAD_INPUT = [
     (COMPRESS + "--budget macs=abc", "budget macs 'abc' was given: a number"),
     (COMPRESS + "--budget macs", "budget 'macs' was given: METRIC=RATIO"),
     (COMPRESS + "--budget flops=0.5", "budget flops=0.5 was given: one of macs, params"),
-    (COMPRESS + "--budget macs=0.5 --budget macs=0.4", "two budgets"),
+    (COMPRESS + "--budget macs=0.5 --budget macs=0.4", "2 budgets on macs were given"),
+    (COMPRESS + "--budget macs=0.5,params=0.5", "repeat --budget for another"),
+    (COMPRESS + "--quantize int8", r"quantize int8 needs samples: give calibrate \(--calibrate DATA\)$"),
+    (
+        COMPRESS + "--rank 8",
+        "rank '8' was given: an estimator was expected.* ranks by hand go into a plan: .* --plan F",
+    ),
     (COMPRESS + "--max-drop 0.01", "max_drop needs samples"),
     (COMPRESS + "--max-drop nan --evaluate data.npz", "max_drop nan was given"),
     (COMPRESS + "--max-drop inf --evaluate data.npz", "max_drop inf was given"),
@@ -266,14 +283,17 @@ BAD_INPUT = [
     (COMPRESS + ASKED + " --input-shape x:1,15", r"the model expects \[N, 16\]"),
     (COMPRESS + ASKED + " --input-shape x:16", r"the model expects \[N, 16\]"),
     # usage
-    ("", "COMMAND"),
     ("squeeze model.onnx", "invalid choice: 'squeeze'"),
     ("compress", "required: MODEL, OUT"),
     ("compress model.onnx", "required: OUT"),
     ("apply model.onnx list.json", "required: OUT"),
     ("verify model.onnx", "required: OTHER"),
     ("inspect", "required: MODEL"),
-    (COMPRESS + "--smaller", "unrecognized arguments: --smaller"),
+    (COMPRESS + "--smaller", "unrecognized arguments: --smaller; see onnx-lowrank compress --help$"),
+    (COMPRESS + "--bugdet macs=0.5", "--bugdet macs=0.5; did you mean --budget\\?; see onnx-lowrank compress --help$"),
+    (COMPRESS + "--max-dorp=0.5", "did you mean --max-drop\\?"),
+    ("verify model.onnx model.onnx --report", "--report: expected one argument; see onnx-lowrank verify --help$"),
+    ("--quite inspect model.onnx", "--quite; see onnx-lowrank --help$"),
     (COMPRESS + "--budget", "--budget: expected one argument"),
     # the config file
     (COMPRESS + "--config missing.toml", "missing.toml cannot be read"),
@@ -300,6 +320,7 @@ BAD_INPUT = [
     ("apply model.onnx other.json out/small.onnx", "names layer 'conv1', which the model does not have"),
     ("apply model.onnx high.json out/small.onnx", "rank 17 of svd for layer 'first': .* from 1 to 16"),
     ("apply model.onnx zero.json out/small.onnx", "rank 0 of svd for layer 'first'"),
+    ("apply model.onnx none.json out/small.onnx", r"rank \[\] of svd for layer 'first': 1 number\(s\)"),
     ("apply model.onnx two.json out/small.onnx", r"rank 2x2 of svd for layer 'first': 1 number\(s\)"),
     ("apply model.onnx half.json out/small.onnx", "choice 0 of the plan cannot be read"),
     ("apply model.onnx infinite.json out/small.onnx", "choice 0 of the plan cannot be read"),
@@ -325,6 +346,13 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
     assert err.startswith("onnx-lowrank: ") and err.endswith("\n") and err.count("\n") == 1, err
     assert re.search(match, err), err
     assert tiny.contents(bad_files) == before
+
+
+def test_without_a_command_the_commands_are_shown(run: Run) -> None:
+    code, out, err = run("")
+    assert code == 2
+    assert out.startswith("usage: onnx-lowrank ") and "compress" in out
+    assert err == "onnx-lowrank: COMMAND was not given; see onnx-lowrank --help\n"
 
 
 @pytest.mark.parametrize("share", [k / 12 for k in range(1, 12)])
@@ -497,6 +525,7 @@ def test_quiet_prints_nothing(folder: Path, run: Run, line: str) -> None:
 def test_inspect_says_what_is_there_and_what_it_could_become(folder: Path, run: Run) -> None:
     code, out, err = run("inspect model.onnx --methods svd --align 1 --jobs 1")
     assert (code, err) == (0, "")
+    assert out.startswith("inputs: x float32 (N, 16); outputs: y float32 (N, 10)\n")
     assert "624 MACs for one sample, 648 parameters, 2 layers" in out
     # the largest rank r with r (16 + 24) <= 16 * 24 / 2, and its error
     kernel = np.linalg.svd(stored(tiny.classifier(), "w1").astype(float), compute_uv=False)
@@ -591,13 +620,19 @@ def test_a_metric_of_ones_own_decides(folder: Path, run: Run) -> None:
     assert accuracy["drop_upper_95"] is None  # one figure for all samples: nothing to tell its uncertainty from
 
 
-def test_a_piped_report_has_no_colours_and_fits_80_columns(folder: Path, run: Run, monkeypatch: Any) -> None:
+def test_a_piped_report_has_no_colours_and_breaks_no_line(folder: Path, run: Run, monkeypatch: Any) -> None:
     for name in ("FORCE_COLOR", "COLUMNS", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     for line in (f"compress model.onnx out/small.onnx {ASKED} {QUICK}", "inspect model.onnx", "providers"):
         _, out, _ = run(line)
         assert "\x1b" not in out
-        assert max(map(len, out.splitlines())) <= 80
+        assert "…" not in out
+    name = "/a/long/name/of/a/layer" * 5
+    model = tiny.classifier()
+    model.graph.node[0].name = name
+    tiny.save(model, Path("long.onnx"))
+    _, out, _ = run("inspect long.onnx --methods svd --align 1 --jobs 1")
+    assert re.search(rf"^{name} +[│|] Gemm .* svd 4 ", out, re.M)
 
 
 def test_colours_are_left_out_where_the_environment_says_so(folder: Path, run: Run, monkeypatch: Any) -> None:
@@ -663,7 +698,18 @@ def test_a_pipe_gets_no_progress(folder: Path) -> None:
     run = subprocess.run(program, capture_output=True, text=True, env=variables | path, timeout=60, check=True)
     assert run.stderr == ""
     assert "\x1b" not in run.stdout
-    assert max(map(len, run.stdout.splitlines())) <= 80
+
+
+def test_a_pipe_gets_a_line_as_each_stage_begins_where_it_asks_for_more(folder: Path, run: Run) -> None:
+    line = f"compress {models.DIGITS} out/small.onnx --max-drop 0.05 --objective macs --evaluate {models.DIGITS_TEST}"
+    code, plain, err = run(f"{line} {QUICK}")
+    assert (code, err) == (0, "")
+    code, out, err = run(f"{line} {QUICK} --verbose")
+    assert code == 0 and out.count("\n") == plain.count("\n")
+    begun = [found[2] for text in err.splitlines() if (found := re.fullmatch(r" *(\d+\.\d) s: (\w+)", text))]
+    assert {"analyze", "search", "factorize"} <= set(begun) and len(set(begun)) == len(begun)
+    assert run(f"{line} {QUICK} --verbose --quiet")[1] == ""
+    assert " s: " not in run(f"{line} {QUICK} --verbose --quiet")[2]
 
 
 def test_the_package_runs_as_a_program(folder: Path) -> None:
@@ -684,6 +730,8 @@ def test_the_package_runs_as_a_program(folder: Path) -> None:
 def test_what_is_inspected_and_verified_is_data_too(run: Run, folder: Path) -> None:
     assert run("inspect model.onnx --align 1 --json out/inspected.json --quiet")[0] == 0
     inspected = json.loads((folder / "out/inspected.json").read_text())
+    assert inspected["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["N", 16]}]
+    assert [each["name"] for each in inspected["outputs"]] == ["y"]
     assert inspected["original"]["macs"] >= sum(layer["macs"] for layer in inspected["layers"]) > 0
     for layer in inspected["layers"]:
         half = layer["half"]

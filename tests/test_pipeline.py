@@ -481,7 +481,7 @@ def nothing() -> Any:
         ({"budget": {"macs": "half"}}, "budget macs 'half' was given: a number"),
         ({"budget": {"flops": 0.5}}, "budget flops=0.5 was given: one of macs, params, size, latency"),
         ({"budget": 0.5}, "budget 0.5 was given: METRIC=RATIO"),
-        ({"budget": [lr.Budget("macs", 0.5), "macs=0.4"]}, "two budgets"),
+        ({"budget": [lr.Budget("macs", 0.5), "macs=0.4"]}, "2 budgets on macs were given"),
         ({"max_drop": 0.1}, "max_drop needs samples"),
         ({"max_drop": -1, "evaluate": nothing}, "max_drop -1.0 was given"),
         ({"max_drop": "much", "evaluate": nothing}, "max_drop 'much' was given: a number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -35,18 +36,50 @@ def model_inputs(model: Model) -> tuple[InputSpec, ...]:
     return tuple(_input(value) for value in model.graph.input if value.name not in stored)
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """An input or an output as it is declared: its type in ONNX's words, `shape` None where that is not said."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+    def __str__(self) -> str:
+        sizes = [] if self.shape is None else ["?" if size is None else str(size) for size in self.shape]
+        return f"{self.name} {self.dtype}" + ("" if self.shape is None else f" ({', '.join(sizes)})")
+
+
+def declared(model: Model) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The inputs that a user feeds, and the outputs, of any type."""
+    stored = {t.name for t in model.graph.initializer}
+    inputs = (value for value in model.graph.input if value.name not in stored)
+    return tuple(map(_declared, inputs)), tuple(map(_declared, model.graph.output))
+
+
+def _declared(value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        return Tensor(value.name, "of no type" if kind is None else kind.removesuffix("_type").replace("_", " "), None)
+    tensor = value.type.tensor_type
+    known = tensor.elem_type in onnx.TensorProto.DataType.values()
+    name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower() if known else f"type {tensor.elem_type}"
+    named = {"float": "float32", "double": "float64"}.get(name, name)
+    return Tensor(value.name, named, _sizes(tensor.shape) if tensor.HasField("shape") else None)
+
+
+def _sizes(shape: onnx.TensorShapeProto) -> tuple[int | str | None, ...]:
+    return tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None for d in shape.dim)
+
+
 def _input(value: onnx.ValueInfoProto) -> InputSpec:
     if not value.type.HasField("tensor_type"):
         raise LowRankError(f"input '{value.name}' is not a tensor: only models whose inputs are tensors can be fed")
     tensor = value.type.tensor_type
-    sizes = tuple(
-        d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None for d in tensor.shape.dim
-    )
     try:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     except KeyError as error:
         raise LowRankError(f"input '{value.name}' has a type of number {error}, which ONNX does not have") from error
-    return InputSpec(value.name, sizes, dtype)
+    return InputSpec(value.name, _sizes(tensor.shape), dtype)
 
 
 def sample_shapes(inputs: Sequence[InputSpec], given: Mapping[str, Sequence[int]]) -> tuple[Shapes, tuple[str, ...]]:

@@ -218,9 +218,11 @@ def _sort(graph: onnx.GraphProto) -> None:
 def _compact(model: Model, taken: set[str]) -> None:
     """Short names for what the quantiser added, one of each constant, and no zero points that are zero.
 
-    Its names repeat those of the tensors, twice, for each of a few bytes.
+    Its names repeat those of the tensors, twice, for each of a few bytes. ONNX Runtime before 1.24 wants the zero points of a
+    Gemm's kernel all the same, as many as there are scales.
     """
     graph = model.graph
+    wanted = {name for node in graph.node if node.op_type == "Gemm" for name in node.input}
     added = [tensor for tensor in graph.initializer if tensor.name not in taken]
     alike: dict[tuple[int, tuple[int, ...], bytes], str] = {}
     names: dict[str, str] = {}
@@ -241,7 +243,7 @@ def _compact(model: Model, taken: set[str]) -> None:
         if node.op_type in QUANTIZED and node.name not in taken:
             node.name = ""
             weight = node.op_type == "DequantizeLinear" and node.input[0] in stored
-            if weight and len(node.input) > 2 and node.input[2] in zeros:
+            if weight and len(node.input) > 2 and node.input[2] in zeros and not wanted.intersection(node.output):
                 del node.input[2:]
         for output in node.output:
             if output and output not in taken:

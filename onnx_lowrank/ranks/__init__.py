@@ -69,6 +69,11 @@ def parse_estimator(text: str) -> Callable[[np.ndarray], int]:
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     usage = f"give NAME or NAME=VALUE, with NAME one of {', '.join(RANK_ESTIMATORS)}"
+    if name.lstrip("-").replace(".", "", 1).isdigit():
+        raise LowRankError(
+            f"rank {text!r} was given: an estimator was expected, one of {', '.join(RANK_ESTIMATORS)}; ranks by hand go "
+            f"into a plan: write one with compress --plan F, edit it and give it to apply"
+        )
     if name not in RANK_ESTIMATORS:
         raise LowRankError(f"rank estimator {text!r}: there is no {name!r}; {usage}")
     estimator = RANK_ESTIMATORS[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -155,6 +156,11 @@ class Report:
     search: tuple[Step, ...] = ()
 
     @property
+    def error_of(self) -> str:
+        """What the errors of layers are of: their outputs where they were fitted to samples, their kernels otherwise."""
+        return "kernel" if self.config.get("calibrate") is None else "output"
+
+    @property
     def met(self) -> bool:
         """Whether everything asked for was reached, with outputs that are numbers."""
         return not self.unmet
@@ -180,6 +186,14 @@ class Report:
         """As JSON holds it: plain values, and null where a figure is not a number."""
         data: dict[str, Any] = {"version": package_version(), **asdict(self), "met": self.met}
         return plain(data)
+
+
+def by_reason(skips: Sequence[Skip]) -> list[tuple[str, list[Skip]]]:
+    """What was left alone, by reason, the commonest first."""
+    found: dict[str, list[Skip]] = {}
+    for skip in skips:
+        found.setdefault(skip.reason, []).append(skip)
+    return sorted(found.items(), key=lambda item: -len(item[1]))
 
 
 def plain(value: Any) -> Any:

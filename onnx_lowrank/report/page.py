@@ -19,7 +19,7 @@ from typing import Any
 
 from onnx_lowrank.files import write_whole
 from onnx_lowrank.report import numbers
-from onnx_lowrank.report.data import BudgetResult, Report, Size, TargetResult, environment, package_version
+from onnx_lowrank.report.data import BudgetResult, Report, Size, TargetResult, by_reason, environment, package_version
 from onnx_lowrank.report.details import LayerDetails
 from onnx_lowrank.report.panels import (
     METRIC_OF,
@@ -31,7 +31,7 @@ from onnx_lowrank.report.panels import (
 )
 from onnx_lowrank.report.results import Inspection, Result, Verification
 from onnx_lowrank.runtime import simulated
-from onnx_lowrank.types import DENSE, Cost, LowRankError, Skip, printable
+from onnx_lowrank.types import DENSE, Cost, LowRankError, printable
 from onnx_lowrank.verification.verify import Accuracy, Latency
 
 HASHED_BYTES = 1 << 20
@@ -84,10 +84,11 @@ def result_page(result: Result, origin: Origin) -> str:
         budgets=[_budget(budget, report.accuracy) for budget in report.budgets],
         notes=report.notes,
         layers=panels(result.details, report.skips),
+        error_of=report.error_of,
         network=_network(result.details, report.original, report.compressed),
         search=_search(report),
         latency=_latencies(report.latency),
-        skips=_skips(report.skips),
+        skips=by_reason(report.skips),
         placement=_placement(report.latency, report.targets),
         accuracy=report.accuracy,
         seconds=report.seconds,
@@ -124,7 +125,7 @@ def inspection_page(view: Inspection, origin: Origin) -> str:
         notes=view.notes,
         layers=panels(view.details, view.skips),
         network=_network(view.details, Size(view.cost.macs, view.cost.params, 0), None),
-        skips=_skips(view.skips),
+        skips=by_reason(view.skips),
         sections=view.sections,
         machine=environment(),
     )
@@ -176,6 +177,7 @@ DEFAULTS: dict[str, Any] = {
     "budgets": (),
     "notes": (),
     "layers": (),
+    "error_of": "kernel",
     "network": None,
     "search": None,
     "latency": (),
@@ -278,8 +280,13 @@ def _counts(cost: Cost, layers: int) -> tuple[Card, ...]:
 def _budget(budget: BudgetResult, accuracy: Accuracy | None) -> dict[str, Any]:
     if budget.metric == "drop":
         metric = accuracy.metric if accuracy else ""
-        name = f"drop of {metric}, with 95 % confidence"
-        asked, reached = (numbers.difference(metric, value) for value in (budget.asked, budget.reached))
+        name, asked, reached = (
+            f"drop of {metric}",
+            *(numbers.difference(metric, v) for v in (budget.asked, budget.reached)),
+        )
+        if accuracy and not math.isnan(accuracy.drop_upper_95):
+            at_most = f"at most {reached}" if math.isfinite(budget.reached) else reached
+            reached = f"{numbers.difference(metric, accuracy.drop)}, {at_most} with 95 % confidence"
     else:
         name = METRIC_OF.get(budget.metric, budget.metric).removeprefix("predicted ")
         asked, reached = numbers.percent(budget.asked), numbers.percent(budget.reached)
@@ -380,14 +387,6 @@ def _placement(latencies: Sequence[Latency], targets: Sequence[TargetResult]) ->
     if not rows and not targets and not notes:
         return None
     return {"rows": rows, "notes": notes, "targets": targets}
-
-
-def _skips(skips: Sequence[Skip]) -> list[tuple[str, list[Skip]]]:
-    """By reason, the commonest first."""
-    by_reason: dict[str, list[Skip]] = {}
-    for skip in skips:
-        by_reason.setdefault(skip.reason, []).append(skip)
-    return sorted(by_reason.items(), key=lambda item: -len(item[1]))
 
 
 __all__ = ["Origin", "Panel", "inspection_page", "require_jinja", "result_page", "verification_page", "write_page"]

@@ -242,7 +242,7 @@ def search_chart(report: Report) -> Chart | None:
     high = min(max(finite) + room, 1.0) if max(finite) <= 1 else max(finite) + room
     chart = Chart(
         "Accuracy against cost",
-        f"{len(steps)} plans were measured; {METRIC_OF[metric]} left against {accuracy.metric}.",
+        f"{len(steps)} plan{'s were' if len(steps) != 1 else ' was'} measured; {METRIC_OF[metric]} left against {accuracy.metric}.",
         Axis(f"{METRIC_OF[metric]} left", 0, max(1.0, *(cost for cost, _ in steps)), percent=True),
         Axis(accuracy.metric, low - room, high, percent=accuracy.metric in PERCENT),
         width=460,

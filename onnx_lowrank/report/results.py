@@ -9,6 +9,7 @@ from typing import Any
 
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.save import save
+from onnx_lowrank.graph.shapes import Tensor
 from onnx_lowrank.report.data import Report, Size, TargetResult, environment, package_version, plain
 from onnx_lowrank.report.details import LayerDetails
 from onnx_lowrank.runtime import Feeds
@@ -122,6 +123,11 @@ class Inspection:
     """Layers that repeat, and may share a factor of their kernels (``joint_*``)."""
     details: tuple[LayerDetails, ...] = field(default=(), repr=False)
     """What a page shows of each layer; empty where it was not asked for."""
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    """What a user feeds, and what comes of it."""
+    error_of: str = "kernel"
+    """What the errors of candidates are of: the ``kernel``, or with samples an ``output``."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; of a layer's best candidate at half of its cost, what it is and what it costs."""
@@ -131,6 +137,8 @@ class Inspection:
                 "version": package_version(),
                 "environment": environment(),
                 "original": {"macs": self.cost.macs, "params": self.cost.params},
+                "inputs": [asdict(each) for each in self.inputs],
+                "outputs": [asdict(each) for each in self.outputs],
                 "layers": layers,
                 "skips": [asdict(skip) for skip in self.skips],
                 "sections": self.sections,

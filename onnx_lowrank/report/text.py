@@ -1,16 +1,21 @@
-"""Renderings for the terminal, as rich tables: they fit 80 columns and lose their colours when piped."""
+"""Renderings for the terminal, as rich tables: they fit its width. Piped, they lose their colours and take the width they need."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich import box, markup
+from rich.cells import cell_len
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from onnx_lowrank.candidates import show_rank
+from onnx_lowrank.graph.shapes import Tensor
 from onnx_lowrank.report import numbers
-from onnx_lowrank.report.data import Report, Size, TargetResult
+from onnx_lowrank.report.data import Report, Size, TargetResult, by_reason
 from onnx_lowrank.report.results import Inspection, Verification
 from onnx_lowrank.runtime import simulated
 from onnx_lowrank.types import Skip, printable
@@ -21,9 +26,65 @@ Renderable = Table | str
 SHOWN_SKIPS = 12
 """Reasons printed before the rest is counted; the JSON report has all."""
 
-
 SHOWN_NAMES = 4
-"""Of layers that repeat, those that are listed."""
+"""Of layers that repeat or are left alone for one reason, those that are listed."""
+
+LEAST_NAME = 12
+"""Characters that names keep on a narrow terminal, before other columns are folded."""
+
+SENTENCE = 32
+"""Characters that sentences keep beside them."""
+
+GAP = 3
+"""Characters between two columns."""
+
+
+class Names:
+    """Names in a cell, each cut short in the middle where the cell is narrower: one in two lines cannot be read."""
+
+    def __init__(self, *names: str, before: str = "", after: str = "") -> None:
+        self._names, self._before, self._after = [printable(name) for name in names], before, after
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Text]:
+        comma = len(self._names) > 1 or bool(self._after)
+        yield self._text([shortened(name, options.max_width - comma) for name in self._names])
+
+    def __rich_measure__(self, console: Any, options: Any) -> Measurement:
+        return Measurement(1, self._text(self._names).cell_len)
+
+    def _text(self, names: Sequence[str]) -> Text:
+        return Text(self._before + ", ".join(names) + self._after)
+
+
+def shortened(name: str, width: int) -> str:
+    """`name` in so many columns at most, with an ellipsis for its middle: its end says more than its beginning.
+
+    Examples
+    --------
+    >>> shortened("/layer1/layer1.0/conv1/Conv", 20)
+    '/layer….0/conv1/Conv'
+    """
+    if cell_len(name) <= width:
+        return name
+    start, end = name[: max(width - 1, 0) // 3], name
+    while end and cell_len(start) + 1 + cell_len(end) > width:
+        end = end[1:]
+    return f"{start}…{end}"
+
+
+class LayerTable(Table):
+    """A table whose first column, of names, is what gives way; `sentences` is the column that is folded, where there is one."""
+
+    sentences: int | None = None
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        needed = 0
+        for index, column in enumerate(self.columns[1:], 1):
+            cells = (column.header, *column.cells)
+            width = max(Measurement.get(console, options, cell).maximum for cell in cells)
+            needed += GAP + (min(width, SENTENCE) if index == self.sentences else width)
+        self.columns[0].max_width = max(LEAST_NAME, options.max_width - needed)
+        yield from super().__rich_console__(console, options)
 
 
 def escape(text: str) -> str:
@@ -42,6 +103,9 @@ def render_report(report: Report) -> Iterator[Renderable]:
     for budget in report.budgets:
         mark = "[green]met[/]" if budget.met else "[red]not met[/]"
         foretold = "" if budget.predicted is None else f" (predicted {budget.predicted:.4g})"
+        if budget.metric == "drop" and report.accuracy is not None:
+            yield f"{_drop(report.accuracy)}; asked {budget.asked:.4g} - {mark}"
+            continue
         if not budget.measured:
             yield f"{budget.metric}: asked {budget.asked:.4g}, predicted {budget.reached:.4g}, not measured - {mark}"
             continue
@@ -54,6 +118,16 @@ def render_report(report: Report) -> Iterator[Renderable]:
     )
 
 
+def _drop(accuracy: Accuracy) -> str:
+    """What was lost, and what it may be at most: a promise is held on the second, where it can be told."""
+    text = f"drop: {accuracy.drop:+.4f}"
+    if math.isnan(accuracy.drop_upper_95):
+        return text
+    if math.isinf(accuracy.drop_upper_95):
+        return f"{text}, without bound"
+    return f"{text}, at most {accuracy.drop_upper_95:.4f} with 95 % confidence"
+
+
 def render_verification(check: Verification) -> Iterator[Renderable]:
     """What `verify` says."""
     yield _comparison(check.original, check.compressed, check.accuracy, check.latency, check.targets)
@@ -63,13 +137,18 @@ def render_verification(check: Verification) -> Iterator[Renderable]:
 
 def render_inspection(view: Inspection) -> Iterator[Renderable]:
     """What `inspect` says."""
-    table = _table("layer", "op", "kernel", "MACs", "params", "at half cost", "error", numbers=(3, 4, 6))
-    table.title, table.title_justify = _counts(view), "left"
+    if view.inputs or view.outputs:
+        yield f"inputs: {_tensors(view.inputs)}; outputs: {_tensors(view.outputs)}"
+    yield _counts(view)
+    yield ""
+    table = _table(
+        "layer", "op", "kernel", "MACs", "params", "at half cost", f"{view.error_of}\nerror", numbers=(3, 4, 6)
+    )
     for layer in view.layers:
         half = layer.half
         could = f"{half.decomposition} {show_rank(half.rank)}" if half else "nothing to gain"
         table.add_row(
-            escape(layer.name),
+            Names(layer.name),
             layer.op_type,
             show_rank(layer.weight_shape),
             numbers.short(layer.macs),
@@ -77,10 +156,15 @@ def render_inspection(view: Inspection) -> Iterator[Renderable]:
             could,
             f"{half.error**0.5:.2f}" if half else "",
         )
-    yield table
-    yield ""
     if view.layers:
-        yield "[dim]error: relative error of the kernel, ||W - W~|| / ||W||, of the best decomposition at half the layer's MACs and parameters[/]"
+        yield table
+        yield ""
+        of = (
+            "the kernel, ||W - W~|| / ||W||,"
+            if view.error_of == "kernel"
+            else "the model's outputs, this layer changed alone,"
+        )
+        yield f"[dim]{view.error_of} error: relative error of {of} of the best decomposition at half the layer's MACs and parameters[/]"
     if view.sections:
         yield "layers that repeat, and may share a factor (--methods joint_left, joint_right, joint_both):"
         yield from (f"  {_listed(section)}" for section in view.sections)
@@ -89,9 +173,10 @@ def render_inspection(view: Inspection) -> Iterator[Renderable]:
     yield from _notes(view.notes)
 
 
-def _table(*headers: str, numbers: Sequence[int] = ()) -> Table:
-    """A table that folds what is too long, for a name that is cut short cannot be given to --exclude."""
-    table = Table(*headers, box=box.MINIMAL, show_edge=False, pad_edge=False)
+def _table(*headers: str, numbers: Sequence[int] = (), sentences: int | None = None) -> Table:
+    """A table that folds what is too long, but for names, which are whole when piped and in the JSON report."""
+    table = LayerTable(*headers, box=box.MINIMAL, show_edge=False, pad_edge=False)
+    table.sentences = sentences
     for index, column in enumerate(table.columns):
         column.overflow = "fold"
         column.justify = "right" if index in numbers else "left"
@@ -105,15 +190,21 @@ def _listed(names: Sequence[str]) -> str:
     return escape(f"{', '.join(names[: SHOWN_NAMES - 1])} ... {names[-1]}: {len(names)} layers")
 
 
+def _tensors(tensors: Sequence[Tensor]) -> str:
+    """Inputs or outputs with their types, or the first of many."""
+    text = ", ".join(map(str, tensors[:SHOWN_NAMES])) or "none"
+    return escape(text) + (f" and {len(tensors) - SHOWN_NAMES} more" if len(tensors) > SHOWN_NAMES else "")
+
+
 def _counts(view: Inspection) -> str:
     return f"{view.cost.macs:,} MACs for one sample, {view.cost.params:,} parameters, {len(view.layers)} layers"
 
 
 def _layer_table(report: Report) -> Table:
-    table = _table("layer", "decomposition", "rank", "MACs", "params", "rel. error", numbers=(2, 3, 4, 5))
+    table = _table("layer", "decomposition", "rank", "MACs", "params", f"{report.error_of} error", numbers=(2, 3, 4, 5))
     for layer in report.layers:
         table.add_row(
-            escape(layer.name),
+            Names(layer.name),
             layer.decomposition,
             show_rank(layer.rank),
             _share(layer.macs_after, layer.macs_before),
@@ -178,12 +269,16 @@ def _comparison(
 def _skips(skips: Sequence[Skip]) -> Iterator[Renderable]:
     if not skips:
         return
-    table = _table("left alone", "op", "because")
-    for skip in skips[:SHOWN_SKIPS]:
-        table.add_row(escape(skip.layer), skip.op_type, escape(skip.reason))
+    table, named = _table("left alone", "op", "because", sentences=2), 0
+    for reason, layers in by_reason(skips)[:SHOWN_SKIPS]:
+        shown = layers if len(layers) <= SHOWN_NAMES else layers[: SHOWN_NAMES - 1]
+        count = f"{len(layers)} layers: " if len(layers) > 1 else ""
+        names = Names(*(skip.layer for skip in shown), before=count, after=", ..." if len(shown) < len(layers) else "")
+        table.add_row(names, ", ".join(dict.fromkeys(skip.op_type for skip in layers)), escape(reason))
+        named += len(shown)
     yield table
-    if len(skips) > SHOWN_SKIPS:
-        yield f"... and {len(skips) - SHOWN_SKIPS} more, all in the JSON report"
+    if len(skips) > named:
+        yield f"... and {len(skips) - named} more (--json F for all)"
     yield ""
 
 

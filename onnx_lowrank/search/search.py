@@ -30,6 +30,9 @@ NOTHING_TO_GAIN = "nothing here is worth decomposing: the model is left as it is
 BYTES_OF_INT8 = 0.25
 """What a parameter takes in eight bits, as a share of what it takes in floating point."""
 
+WORDS = {"macs": "MACs", "params": "parameters", "latency": "time"}
+"""What a plan is a share of, in words."""
+
 SLACK = 0.99
 """Taken off a corrected budget, so that the next plan does not miss by a rounding."""
 
@@ -182,7 +185,8 @@ def _why_not_more(missed: Attempt | None, metric: Metric, limit: float) -> tuple
     if missed is None:
         return ()
     accuracy, share = missed.accuracy, missed.plan.ratio(metric)
-    note = f"the next smaller plan, at {metric} {share:.3f}, lost {accuracy.drop:.4f}"
+    lost = f"lost {accuracy.drop:.4f}" if accuracy.drop >= 0 else f"gained {-accuracy.drop:.4f}"
+    note = f"the next smaller plan, at {share:.3f} of the {WORDS.get(metric, metric)}, {lost}"
     if math.isnan(accuracy.drop_upper_95) or not math.isfinite(accuracy.drop_upper_95):
         return (note,)
     note += f" (at most {accuracy.drop_upper_95:.4f} with {CONFIDENCE:.0%} confidence on {accuracy.samples} samples)"

@@ -37,7 +37,7 @@ def test_a_budget_is_met_by_every_solver(solver: str) -> None:
 
 def test_the_measured_metric_and_the_combined_one_need_samples() -> None:
     for damage in ("accuracy", "combined"):
-        with pytest.raises(lr.LowRankError, match=f"damage {damage} .* no samples was given: calibrate DATA"):
+        with pytest.raises(lr.LowRankError, match=f"damage {damage} .* needs samples: give calibrate "):
             lr.compress(models.DIGITS, budget={"macs": 0.5}, damage=damage, **RECIPE)
         result = lr.compress(
             models.DIGITS, budget={"macs": 0.5}, damage=damage, calibrate=CALIBRATE, evaluate=EVALUATE, **RECIPE

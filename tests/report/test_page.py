@@ -138,7 +138,7 @@ def test_a_page_says_what_was_done_and_how_to_get_it_again() -> None:
         "90.4 %", "drop 0.60 points, at most 0.95 points with 95 % confidence; 10,000 samples",
         "a note to read", "depthwise: nothing to factorise", "depthwise4", "CPUExecutionProvider 5 15",
         "On nnapi, told without the device", "12 of 12", "stage3/block.11/conv4_lowrank_0", "tucker2 rank 24x16",
-        "Relative error of the fit 0.250", "at 40.0 % of the layer's MACs or less", "4 (result) 50.0 %",
+        "Kernel error of the fit 0.250", "at 40.0 % of the layer's MACs or less", "4 (result) 50.0 %",
         COMMAND, "python 3.12.1", "analyze 1.5", "all 4.0", "seed 3",
     ):  # fmt: skip
         assert part in text, part
@@ -150,6 +150,17 @@ def test_what_was_not_met_is_the_verdict() -> None:
     text = Parts(result_page(replace(result, report=report), ORIGIN)).words
     assert "Not met: macs 0.6 was reached, 0.5 asked for" in text
     assert "Everything asked for was met" not in text
+
+
+def test_of_a_promise_the_drop_and_its_bound_are_told_apart_and_one_plan_is_one() -> None:
+    result = made(2)
+    report = replace(
+        result.report, budgets=(BudgetResult("drop", 0.01, 0.0095, True),), search=result.report.search[:1]
+    )
+    page = result_page(replace(result, report=report), ORIGIN)
+    said = "drop of top1 at most 1.00 points 0.60 points, at most 0.95 points with 95 % confidence met"
+    assert said in Parts(page).words
+    assert "1 plan was measured;" in page and "plans were measured" not in page
 
 
 def test_a_page_of_nothing_measured_leaves_the_parts_out() -> None:

@@ -326,4 +326,8 @@ def test_why_the_search_stopped_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert note.endswith("about 1600 samples would tell whether it holds 0.01")
     bench = drop_bench(0.01, drop=lambda share: 0.0 if share >= 0.5 else 0.2)
     (note,) = (n for n in within_drop(bench.planner, bench).plan.notes if "next smaller plan" in n)  # type: ignore[arg-type]
-    assert "lost 0.2000" in note and "would tell" not in note
+    assert re.search(r"at 0\.\d+ of the MACs, lost 0\.2000", note) and "would tell" not in note
+    bench = drop_bench(0.01, drop=lambda share: 0.0 if share >= 0.5 else -0.004)
+    bench.upper = lambda drop: 0.001 if drop == 0 else 0.015
+    (note,) = (n for n in within_drop(bench.planner, bench).plan.notes if "next smaller plan" in n)  # type: ignore[arg-type]
+    assert "gained 0.0040 (at most 0.0150 with" in note
