@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import onnx_lowrank as lr
+from onnx_lowrank.cache import FOLDER
 from onnx_lowrank.cli import main
 from onnx_lowrank.latency import engines, probes
-from onnx_lowrank.latency.timings import FOLDER
 from onnx_lowrank.runtime import MNN, MNNSession, Session, disagreement, mnn
 from onnx_lowrank.types import LowRankError
 from tests import tiny
