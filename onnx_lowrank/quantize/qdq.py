@@ -218,7 +218,7 @@ def _sort(graph: onnx.GraphProto) -> None:
 def _compact(model: Model, taken: set[str]) -> None:
     """Short names for what the quantiser added, one of each constant, and no zero points that are zero.
 
-    Its names repeat those of the tensors, twice, for each of a few bytes. ONNX Runtime before 1.24 wants the zero points of a
+    Its names repeat those of the tensors, twice, for each of a few bytes. ONNX Runtime 1.23 wants the zero points of a
     Gemm's kernel all the same, as many as there are scales.
     """
     graph = model.graph
