@@ -201,8 +201,6 @@ def inspect(
             LayerView(layer.name, layer.op_type, layer.spec.weight_shape, layer.macs, layer.spec.params, half)
             for layer in group.layers
         ]
-    alone = {skip.layer for skip in planner.skips()}
-    views = [view for view in views if view.half or view.name not in alone]
     repeated = tuple(tuple(layer.name for layer in section.layers) for section in planner.subject.sections)
     seen = layer_details(planner) if details else ()
     subject = planner.subject

@@ -144,7 +144,11 @@ def render_inspection(view: Inspection) -> Iterator[Renderable]:
     table = _table(
         "layer", "op", "kernel", "MACs", "params", "at half cost", f"{view.error_of}\nerror", numbers=(3, 4, 6)
     )
-    for layer in view.layers:
+    alone = {skip.layer for skip in view.skips}
+    shown = [
+        layer for layer in view.layers if layer.half or layer.name not in alone
+    ]  # the others are told with their reason
+    for layer in shown:
         half = layer.half
         could = f"{half.decomposition} {show_rank(half.rank)}" if half else "nothing to gain"
         table.add_row(
@@ -156,7 +160,7 @@ def render_inspection(view: Inspection) -> Iterator[Renderable]:
             could,
             f"{half.error**0.5:.2f}" if half else "",
         )
-    if view.layers:
+    if shown:
         yield table
         yield ""
         of = (
