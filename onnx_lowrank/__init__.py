@@ -1,12 +1,18 @@
 """Smaller, faster ONNX models by low-rank decomposition, after training."""
 
-from onnx_lowrank import budgets, decompositions, ranks
-from onnx_lowrank.config import Config, make_config
-from onnx_lowrank.integrations.calibration import CalibrationReader
-from onnx_lowrank.pipeline import analyze, apply, bundle, compress, inspect, verify
-from onnx_lowrank.report.data import Report
-from onnx_lowrank.report.results import Inspection, Result, Verification
-from onnx_lowrank.types import Budget, Candidate, Cost, LowRankError, Plan, Skip
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnx_lowrank import budgets, decompositions, ranks
+    from onnx_lowrank.config import Config, make_config
+    from onnx_lowrank.integrations.calibration import CalibrationReader
+    from onnx_lowrank.pipeline import analyze, apply, bundle, compress, inspect, verify
+    from onnx_lowrank.report.data import Report
+    from onnx_lowrank.report.results import Inspection, Result, Verification
+    from onnx_lowrank.types import Budget, Candidate, Cost, LowRankError, Plan, Skip
 
 __all__ = [
     "Budget",
@@ -32,3 +38,26 @@ __all__ = [
     "ranks",
     "verify",
 ]
+
+_PLACES = {
+    "config": ("Config", "make_config"),
+    "integrations.calibration": ("CalibrationReader",),
+    "pipeline": ("analyze", "apply", "bundle", "compress", "inspect", "verify"),
+    "report.data": ("Report",),
+    "report.results": ("Inspection", "Result", "Verification"),
+    "types": ("Budget", "Candidate", "Cost", "LowRankError", "Plan", "Skip"),
+}
+"""Module -> names. Each is imported when it is asked for: a process that works on layers needs numpy and scipy only."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("budgets", "decompositions", "ranks"):
+        return import_module(f"{__name__}.{name}")
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{place}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

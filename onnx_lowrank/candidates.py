@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +19,10 @@ from onnx_lowrank.types import (
     DENSE,
     Candidate,
     Chain,
+    ConvSpec,
     Cost,
     Decomposition,
+    Factorization,
     Layer,
     LayerStatistics,
     LowRankError,
@@ -377,3 +380,68 @@ def estimated_candidate(
             )
         return _with_error(candidate, float(lift.errors(decomposition, [first.spec], weights, [rank])[0]))
     return Skip(first.name, first.op_type, reasons[-1] if reasons else "no method applies")
+
+
+# What processes do for one group. They import this module, and with it numpy and scipy only: they start in half a second, and take
+# a third of the memory that ONNX and its runtime would cost each.
+
+
+def candidates_of(given: tuple[Any, ...]) -> tuple[tuple[Candidate, ...], Skip | None]:
+    """:func:`group_candidates` of a task."""
+    group, methods, seen, block, most, levels, refuses = given
+    return group_candidates(group, methods, block, seen, most=most, levels=levels, refuses=refuses)
+
+
+def estimated_of(given: tuple[Any, ...]) -> Candidate | Skip:
+    """:func:`estimated_candidate` of a task."""
+    return estimated_candidate(*given)
+
+
+def factorize_group(given: tuple[Any, ...]) -> Factorization:
+    """Kernels of a choice by its weights alone, in the model's precision.
+
+    Raises
+    ------
+    LowRankError
+        Where a layer cannot be factorised; its name, decomposition and rank are in the message.
+    """
+    group, choice, seed = given
+    layer = group.layers[0]
+    # a stream of its own for each layer: the result does not depend on the order or on what else is decomposed
+    rng = np.random.default_rng([seed, zlib.crc32(layer.name.encode())])
+    decomposition = find_decomposition(choice.decomposition)
+    try:
+        specs, weights = [x.spec for x in group.owners], [x.read_weight() for x in group.owners]
+        made = lift.factorize(decomposition, specs, weights, choice.rank, rng=rng)
+    except (np.linalg.LinAlgError, ValueError) as error:
+        raise LowRankError(
+            f"layer '{layer.name}', {choice.decomposition} of rank {show_rank(choice.rank)}: {error}"
+        ) from error
+    # in the model's precision from here on: a cache of float64 kernels would be as large as the model itself
+    return made.stored(layer.dtype)
+
+
+def operator_of(layer: Layer, spec: ConvSpec) -> str:
+    """The operator that a stage is written as."""
+    if not spec.ndim:
+        return layer.op_type
+    return "ConvTranspose" if spec.transposed else "Conv"
+
+
+@dataclass(frozen=True)
+class Formats:
+    """What a target takes: see :class:`onnx_lowrank.targets.Target`."""
+
+    name: str
+    spatial: Mapping[str, tuple[int, ...]]
+
+    def refuses(self, layer: Layer, chain: Chain) -> str | None:
+        """Why a chain in the place of a layer would leave what the target takes; None where it does not."""
+        for stage in chain:
+            op_type = operator_of(layer, stage.spec)
+            if op_type not in self.spatial:
+                return f"{self.name} has no {op_type}"
+            if stage.spec.ndim not in self.spatial[op_type]:
+                taken = " and ".join(f"{n}-D" for n in self.spatial[op_type])
+                return f"{self.name} takes {op_type} in {taken} only: this one is {stage.spec.ndim}-D"
+        return None

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -154,6 +155,21 @@ def test_the_numeric_core_knows_numbers_only() -> None:
                 inner = module.split(".", 1)[1].replace(".", "/")
                 core_names = tuple(name.removesuffix(".py").removesuffix("/") for name in NUMERIC_CORE)
                 assert inner.startswith(core_names), f"{place(path)} imports {module}"
+
+
+def test_a_process_that_works_on_layers_imports_numbers_only() -> None:
+    code = (
+        "import sys, onnx_lowrank.candidates; print(*[m for m in ('onnx', 'onnxruntime', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []
+
+
+def test_every_public_name_is_found_when_it_is_asked_for() -> None:
+    assert [name for name in lr.__all__ if not hasattr(lr, name)] == []
+    assert dir(lr) == sorted(lr.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = lr.nothing
 
 
 def test_the_rule_finds_an_import_at_any_depth() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from onnx_lowrank.calibration.calibrate import patch_length
 from onnx_lowrank.calibration.sensitivity import agreeing, interpolated, measured
-from onnx_lowrank.candidates import Group, group_candidates, group_task, methods_key
+from onnx_lowrank.candidates import Group, candidates_of, group_task, methods_key
 from onnx_lowrank.config import METHODS
 from onnx_lowrank.decompositions import is_joint
 from onnx_lowrank.graph.sections import alike
@@ -99,7 +99,7 @@ class CandidateSets:
         damage, groups = run.config.damage, run.subject.groups
         seen = fitting.statistics if damage in ("output", "weights") else {}
         made = run.for_each_group(
-            _candidates_of,
+            candidates_of,
             [self._task(index, group, _of_group(group, seen)) for index, group in enumerate((*groups, *self.joint))],
         )
         alone = [candidates for candidates, _ in made[: len(groups)]]
@@ -135,7 +135,7 @@ class CandidateSets:
         levels = run.config.damage in ("energy", "accuracy", "combined")
         return group_task(
             group,
-            *(methods, seen, run.block, most, levels, run.target.refuses),
+            *(methods, seen, run.block, most, levels, run.target.formats.refuses),
             size=group.dense.cost.params,
             key=(methods_key(*methods), seen, run.block, most, levels, run.target_key),
         )
@@ -174,8 +174,3 @@ def _of_group(group: Group, seen: Mapping[str, LayerStatistics]) -> list[LayerSt
     """What the layers of a group see; None unless it is known of all that have a kernel of their own."""
     names = [layer.name for layer in group.owners]
     return [seen[name] for name in names] if all(name in seen for name in names) else None
-
-
-def _candidates_of(given: tuple[Any, ...]) -> tuple[Set, Skip | None]:
-    group, methods, seen, block, most, levels, refuses = given
-    return group_candidates(group, methods, block, seen, most=most, levels=levels, refuses=refuses)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from onnx_lowrank.budgets import BUDGET_SOLVERS, find_solver
 from onnx_lowrank.budgets.enc import TOP, combined
@@ -17,7 +16,7 @@ from onnx_lowrank.budgets.knapsack import OutOfReach, cheapest
 from onnx_lowrank.cache import UNKEPT
 from onnx_lowrank.cache.keys import source_key
 from onnx_lowrank.candidates import (
-    estimated_candidate,
+    estimated_of,
     group_task,
     methods_key,
     pareto,
@@ -286,11 +285,11 @@ class Planner(Run):
         alone = tuple(name for name in self.config.methods if not is_joint(name))
         known = text, source_key(RANK_ESTIMATORS[text.partition("=")[0].strip()])
         made = self.for_each_group(
-            _estimated_of,
+            estimated_of,
             [
                 group_task(
                     group,
-                    *(alone, estimator, self.block, self.target.refuses),
+                    *(alone, estimator, self.block, self.target.formats.refuses),
                     size=group.dense.cost.params,
                     key=(methods_key(*alone), known, self.block, self.target_key),
                 )
@@ -368,7 +367,3 @@ def _worth(candidates: Sequence[Candidate], budgets: Sequence[Budget]) -> list[C
     if dense and any(budget.metric == "latency" for budget in budgets):
         candidates = [c for c in candidates if c.dense or c.cost.latency_ms < dense[0].cost.latency_ms]
     return [*dense, *pareto([c for c in candidates if not c.dense])]
-
-
-def _estimated_of(given: tuple[Any, ...]) -> Candidate | Skip:
-    return estimated_candidate(*given)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from onnx_lowrank.cache import UNKEPT, Kept
-from onnx_lowrank.candidates import Group, chain_macs, group_of, group_task, loaded_task, methods_key, show_rank
-from onnx_lowrank.decompositions import find_decomposition, lift
+from onnx_lowrank.candidates import (
+    Group,
+    chain_macs,
+    factorize_group,
+    group_of,
+    group_task,
+    loaded_task,
+    methods_key,
+)
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.splice import Replacement, splice
@@ -248,7 +254,7 @@ def _by_weights(
         for group, choice in todo
     ]
     run_all(
-        _factorize,
+        factorize_group,
         tasks,
         loaded_task,
         work=work,
@@ -256,20 +262,3 @@ def _by_weights(
         stage="factorize",
         keep=lambda index, made: cache.put(todo[index][1], made),
     )
-
-
-def _factorize(given: tuple[Any, ...]) -> Factorization:
-    group, choice, seed = given
-    layer = group.layers[0]
-    # a stream of its own for each layer: the result does not depend on the order or on what else is decomposed
-    rng = np.random.default_rng([seed, zlib.crc32(layer.name.encode())])
-    decomposition = find_decomposition(choice.decomposition)
-    try:
-        specs, weights = [x.spec for x in group.owners], [x.read_weight() for x in group.owners]
-        made = lift.factorize(decomposition, specs, weights, choice.rank, rng=rng)
-    except (np.linalg.LinAlgError, ValueError) as error:
-        raise LowRankError(
-            f"layer '{layer.name}', {choice.decomposition} of rank {show_rank(choice.rank)}: {error}"
-        ) from error
-    # in the model's precision from here on: a cache of float64 kernels would be as large as the model itself
-    return made.stored(layer.dtype)

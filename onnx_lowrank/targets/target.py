@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from onnx_lowrank.candidates import Formats
 from onnx_lowrank.runtime import OpList
 from onnx_lowrank.targets.measured import Results
-from onnx_lowrank.types import Chain, ConvSpec, Layer
+from onnx_lowrank.types import Chain, Layer
 
 ANY = (0, 1, 2, 3)
 
@@ -51,20 +52,11 @@ class Target:
     results: Results | None = None
     without: str = ""
 
+    @property
+    def formats(self) -> Formats:
+        """The part of it that work on layers needs, wherever that is done."""
+        return Formats(self.name, self.spatial)
+
     def refuses(self, layer: Layer, chain: Chain) -> str | None:
         """Why a chain in the place of a layer would leave what the target takes; None where it does not."""
-        for stage in chain:
-            op_type = operator_of(layer, stage.spec)
-            if op_type not in self.spatial:
-                return f"{self.name} has no {op_type}"
-            if stage.spec.ndim not in self.spatial[op_type]:
-                taken = " and ".join(f"{n}-D" for n in self.spatial[op_type])
-                return f"{self.name} takes {op_type} in {taken} only: this one is {stage.spec.ndim}-D"
-        return None
-
-
-def operator_of(layer: Layer, spec: ConvSpec) -> str:
-    """The operator that a stage is written as."""
-    if not spec.ndim:
-        return layer.op_type
-    return "ConvTranspose" if spec.transposed else "Conv"
+        return self.formats.refuses(layer, chain)
