@@ -53,6 +53,7 @@ GRACE_SECONDS = 10.0
 """Time to clean up after a signal. Files are whole at any moment; what is left in scratch folders goes with the next run."""
 
 
+MODEL_HELP = "model to read (.onnx); it is never changed"
 OUT_HELP = "model to write (.onnx, or .ort for mobile builds); what was not met goes to NAME.unmet.onnx"
 
 
@@ -96,14 +97,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print("onnx-lowrank:", str(error), markup=False)
         return BAD_INPUT
     except KeyboardInterrupt as error:
-        how, code = STOPPED[signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT]
-        errors.print(f"onnx-lowrank: {how}; {_left(arguments)}", markup=False)
+        line, code = _stopped(signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT, arguments)
+        errors.print(line, markup=False)
         return code
 
 
-def _left(arguments: argparse.Namespace | None) -> str:
-    """What an interrupt leaves behind."""
-    return "each file is as it was or whole" if hasattr(arguments, "writing") else "nothing was written"
+def _stopped(number: int, arguments: argparse.Namespace | None) -> tuple[str, int]:
+    """What is said of a run that a signal ended, with what it left behind, and its exit code."""
+    how, code = STOPPED[number]
+    left = "each file is as it was or whole" if hasattr(arguments, "writing") else "nothing was written"
+    return f"onnx-lowrank: {how}; {left}", code
 
 
 @contextmanager
@@ -118,9 +121,9 @@ def _stoppable(arguments: argparse.Namespace) -> Iterator[None]:
     timers: list[threading.Timer] = []
 
     def end(number: int) -> None:
-        line = f"onnx-lowrank: {STOPPED[number][0]}; {_left(arguments)}\n"
-        os.write(2, line.encode())
-        os._exit(STOPPED[number][1])
+        line, code = _stopped(number, arguments)
+        os.write(2, f"{line}\n".encode())
+        os._exit(code)
 
     def stop(number: int, frame: object) -> None:
         if timers:
@@ -131,9 +134,8 @@ def _stoppable(arguments: argparse.Namespace) -> Iterator[None]:
         raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     numbers = [signal.SIGTERM]
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # a run in the background may be told to ignore it
+    # a run in the background may be told to ignore it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
@@ -164,11 +166,11 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("inspect", _inspect, "what is in a model, what each layer could become, why others are left alone")
-    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_options(sub, "layers", "graph", "inputs", "target", "work", "reports", "page")
 
     sub = command("compress", _compress, "the main job: a smaller, faster model, checked")
-    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("out", metavar="OUT", help=OUT_HELP)
     add_options(
         sub,
@@ -177,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = command("apply", _apply, "a saved (and perhaps edited) plan, executed")
-    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("plan_file", metavar="PLAN", help="plan to carry out: what --plan of compress wrote (.json)")
     sub.add_argument("out", metavar="OUT", help=OUT_HELP)
     add_options(sub, "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports", "page")
@@ -188,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     add_options(sub, "data", "inputs", "target", "provider", "latency", "reports", "page")
 
     sub = command("bundle", _bundle, "models and a script that measure on a device what a plan for it needs")
-    sub.add_argument("model", metavar="MODEL", help="model to read (.onnx); it is never changed")
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("out", metavar="OUT.zip", help="archive to write, for the device")
     add_options(sub, "layers", "inputs", "target", "latency", "work")
 

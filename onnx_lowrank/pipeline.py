@@ -28,7 +28,7 @@ from onnx_lowrank.search.search import budget_results
 from onnx_lowrank.subject import Subject, check_patterns, open_subject
 from onnx_lowrank.types import InputSpec, LowRankError, Plan, Progress, no_progress
 
-UNFITTED = (
+MADE_WITH_SAMPLES = (
     "the plan was made for kernels fitted to samples, and none were given: without --calibrate they are those of the weights "
     "alone, and lose more"
 )
@@ -81,7 +81,7 @@ def apply(
         check_unquantized(planner.subject.model)
     data = plan_to_dict(plan) if isinstance(plan, Plan) else read_plan(plan)
     choices = read_choices(data, planner.subject.groups)
-    lost = (UNFITTED,) if data.get("fitted") and not planner.fitting.wanted else ()
+    lost = (MADE_WITH_SAMPLES,) if data.get("fitted") and not planner.fitting.wanted else ()
     with open_bench(planner) as bench:
         return _finish(bench, model, bench.tuned(bench.attempt(planner.plan(choices, *lost))), details)
 
