@@ -152,7 +152,7 @@ def test_a_list_that_claims_more_than_it_holds_is_refused_before_shapes_are_infe
     model.graph.initializer.append(helper.make_tensor("a", TensorProto.INT64, [1], [0]))
     model.graph.initializer[0].dims[0] = 1 << 31
     with pytest.raises(
-        LowRankError, match=r"tensor 'a' is damaged \(its shape is \[2147483648\], and it holds no more"
+        LowRankError, match=r"tensor 'a' is damaged \(its shape is \[2147483648\], and the whole model has"
     ):
         lr.inspect(model)
 

@@ -20,6 +20,9 @@ SUPPORTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 """Dtypes of kernels that are decomposed."""
 
+PIECE = 1 << 18
+"""Elements of a kernel looked at at a time."""
+
 AUTO_PADS = ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER")
 
 OTHERS = {
@@ -158,13 +161,19 @@ def _weight(constants: Constants, name: str) -> tuple[Constant, np.ndarray]:
     value = constant.read()
     if value.dtype.name not in FLOATS:
         raise _Refusal(f"its weight has type {value.dtype.name}: one of {', '.join(FLOATS)} was expected")
-    if not np.isfinite(value).all():
+    if not _all_finite(value):
         raise LowRankError(
             f"weight '{name}' holds NaN or infinity: the model is damaged or did not train; export it again"
         )
     if value.size == 0:
         raise _Refusal("its weight is empty")
     return constant, value
+
+
+def _all_finite(value: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite, without an array of answers as large as `value`."""
+    flat = value.ravel(order="K")
+    return all(np.isfinite(flat[start : start + PIECE]).all() for start in range(0, flat.size, PIECE))
 
 
 def _shape(shapes: Shapes, name: str, least: int) -> tuple[int, ...]:

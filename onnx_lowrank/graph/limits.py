@@ -19,7 +19,7 @@ PACKED = {"UINT2": 2, "INT2": 2, "UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "FLOAT6
 """Types of which several are in a byte, with their bits, by name: not every version of onnx has them all."""
 
 HELD = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
-"""Fields of a tensor that may hold its numbers in the place of raw data; a number of them may hold up to eight."""
+"""Fields of a tensor that may hold its numbers in the place of raw data."""
 
 MODEST = 1 << 16
 """Elements that a tensor may claim without holding them: nothing of that size does harm."""
@@ -87,8 +87,18 @@ def dtype_of(tensor: onnx.TensorProto) -> np.dtype:
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
 
 
-def check_claim(tensor: onnx.TensorProto) -> None:
-    """See that a tensor inside a model has a shape, and holds about as much as it says: what reads it believes it.
+def held_bytes(tensor: onnx.TensorProto) -> int:
+    """About how many bytes a tensor inside a model has; to look copies them."""
+    return len(tensor.raw_data) + sum(len(getattr(tensor, field)) for field in HELD)
+
+
+def check_claim(tensor: onnx.TensorProto, room: int) -> None:
+    """See that a tensor inside a model has a shape, and claims no more than the model can hold: what reads it believes it.
+
+    Parameters
+    ----------
+    room
+        Bytes of all its tensors, or of its file.
 
     Raises
     ------
@@ -97,13 +107,11 @@ def check_claim(tensor: onnx.TensorProto) -> None:
     """
     _check_shape(tensor)
     elements = math.prod(tensor.dims)
-    if elements > MODEST and tensor.data_location != onnx.TensorProto.EXTERNAL:
-        held = 8 * (len(tensor.raw_data) + sum(len(getattr(tensor, field)) for field in HELD))
-        if held < elements:
-            raise LowRankError(
-                f"tensor '{tensor.name}' is damaged (its shape is {list(tensor.dims)}, and it holds no more than {held} "
-                f"elements): export it again"
-            )
+    if elements > max(MODEST, 8 * room) and tensor.data_location != onnx.TensorProto.EXTERNAL:
+        raise LowRankError(
+            f"tensor '{tensor.name}' is damaged (its shape is {list(tensor.dims)}, and the whole model has {room} bytes): "
+            f"export it again"
+        )
 
 
 def _check_shape(tensor: onnx.TensorProto) -> None:

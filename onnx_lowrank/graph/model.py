@@ -12,7 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from onnx_lowrank.graph.limits import check_claim
+from onnx_lowrank.graph.limits import check_claim, held_bytes
 from onnx_lowrank.types import LowRankError
 
 MAX_PROTO_BYTES = (1 << 31) - 1
@@ -87,7 +87,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
         Where the file is missing, empty or not an ONNX model.
     """
     if isinstance(source, onnx.ModelProto):
-        return _checked(source, Path.cwd(), None)
+        return _checked(source, Path.cwd(), None, sum(map(held_bytes, stored_tensors(source))))
     path = Path(source)
     if path.is_dir():
         raise LowRankError(f"{path} is a folder: the path of an .onnx file was expected")
@@ -115,10 +115,10 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
             f"{path} is not an ONNX model, or is cut short or damaged: export or download it again"
         ) from error
     # not resolved: where the path is a link, its data lies beside the link, as for ONNX Runtime
-    return _checked(proto, path.absolute().parent, path)
+    return _checked(proto, path.absolute().parent, path, size)
 
 
-def _checked(proto: onnx.ModelProto, folder: Path, path: Path | None) -> Model:
+def _checked(proto: onnx.ModelProto, folder: Path, path: Path | None, size: int) -> Model:
     graph, version = proto.graph, proto.ir_version
     # the operator sets come after the graph in a file, so that one cut short may lack nothing else
     whole = version and graph.output and (proto.opset_import or version < 3)
@@ -131,7 +131,7 @@ def _checked(proto: onnx.ModelProto, folder: Path, path: Path | None) -> Model:
         raise LowRankError(f"{path or 'the model given'} is damaged: a name in it is not UTF-8 text; export it again")
     files = set()
     for tensor in stored_tensors(proto):
-        check_claim(tensor)
+        check_claim(tensor, size)
         for entry in tensor.external_data:
             if entry.key == "location":
                 files.add(external_file(tensor.name, entry.value, folder))

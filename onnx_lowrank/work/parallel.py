@@ -46,7 +46,7 @@ def run_all(
     stage: str,
     keep: Callable[[int, Outcome], Any] | None = None,
 ) -> list[Any]:
-    """``[function(load(task.given)) for task in tasks]``, less what is kept from before.
+    """``[function(task.given) for task in tasks]``, less what is kept from before.
 
     The number of threads decides the last bits of a matrix product. So small tasks always run on one thread and
     large ones always on every core of this machine, whatever `work` says, and the same seed gives the same bytes.
@@ -54,9 +54,9 @@ def run_all(
     Parameters
     ----------
     function
-        Picklable, as are what `load` returns and what comes out.
+        Picklable, as are what `load` returns and what comes out. It reads each kernel once.
     load
-        Reads the kernels of a task, when its turn comes: few of them are in memory at once.
+        Reads the kernels of a task that is sent elsewhere, when its turn comes: few of them are in memory at once.
     keep
         Called in this process with the number of a task and its outcome as soon as that is known; what it returns stands
         for the outcome.
@@ -93,11 +93,12 @@ def run_all(
             take(on_cluster(work.cluster, function, load, {i: tasks[i] for i in small}))
         elif work.jobs > 1:
             take(_in_processes(function, load, {i: tasks[i] for i in small}, work.jobs))
-    take((i, on_one_thread(function, load(tasks[i].given))) for i in small if i not in done)
+    # here kernels are read where they are used, which may be nowhere
+    take((i, on_one_thread(function, tasks[i].given)) for i in small if i not in done)
     for index in order:
         if index not in done:
             with threadpool_limits(os.cpu_count()):
-                take([(index, function(load(tasks[index].given)))])
+                take([(index, function(tasks[index].given))])
     return [done[i] for i in range(len(tasks))]
 
 

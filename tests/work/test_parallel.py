@@ -122,18 +122,18 @@ def test_progress_counts_up_to_the_number_of_tasks(jobs):
     assert steps.told == [("work", done, 4) for done in range(5)]
 
 
-def test_a_task_is_loaded_when_its_turn_comes_and_the_largest_first():
+def test_the_largest_is_first_and_here_nothing_is_loaded_ahead_of_its_work():
     log = []
 
     def load(value):
-        log.append(f"load {value}")
-        return value
+        raise AssertionError("what is done here reads for itself")
 
-    def work(value):
-        log.append(f"work {value}")
+    run(log.append, [1, 2, 3], [10, 30, 20], load=load)
+    assert log == [2, 3, 1]
 
-    run(work, [1, 2, 3], [10, 30, 20], load=load)
-    assert log == ["load 2", "work 2", "load 3", "work 3", "load 1", "work 1"]
+
+def test_a_task_for_another_process_is_loaded():
+    assert run(abs, [1, 2, 3], [BIG] * 3, jobs=2, load=lambda value: -10 * value) == [10, 20, 30]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
