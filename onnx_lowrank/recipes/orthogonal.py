@@ -75,7 +75,7 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     choices = {
         group.names[0]: choice
         for group in groups
-        if (choice := _full(group, config.methods[0], before.stored))
+        if (choice := _full(group, config.methods[0], before.values))
         and not refused(group, choice, planner.target.refuses)
     }
     if not choices:
@@ -116,10 +116,10 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     return bench.measure(planner.finished(second.model), plan.with_notes(*notes), layers)
 
 
-def _full(group: Group, method: str, stored: Mapping[str, np.ndarray]) -> Candidate | None:
+def _full(group: Group, method: str, values: Mapping[str, np.ndarray]) -> Candidate | None:
     """The candidate of full rank of a plain convolution whose kernel is stored as it is; None for other layers."""
     layer = group.layers[0]
-    kernel = stored.get(layer.weight_name)
+    kernel = values.get(layer.weight_name)
     if kernel is None or kernel.shape != layer.spec.weight_shape:
         return None
     decomposition = find_decomposition(method)

@@ -158,7 +158,7 @@ class Report:
     @property
     def error_of(self) -> str:
         """What the errors of layers are of: their outputs where they were fitted to samples, their kernels otherwise."""
-        return "kernel" if self.config.get("calibrate") is None else "output"
+        return "output" if any(layer.fitted for layer in self.layers) else "kernel"
 
     @property
     def met(self) -> bool:

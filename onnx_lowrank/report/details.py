@@ -254,7 +254,7 @@ def _curves(
     curves = {name: _thinned(_front(each)) for name, each in points.items()}
     if report is not None:
         name, own = report.decomposition, [p for p in points.get(report.decomposition, ()) if p[0] == report.rank]
-        if not own and squared and report.macs_before:
+        if not own and squared and not report.fitted and report.macs_before:
             own = [(report.rank, report.macs_after / report.macs_before, report.relative_error**2)]
         curves[name] = tuple(sorted({*curves.get(name, ()), *own[:1]}, key=lambda p: p[1:]))
     return tuple(Curve(name, each) for name, each in curves.items())

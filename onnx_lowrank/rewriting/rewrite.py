@@ -45,11 +45,13 @@ class LayerReport:
     params_before, params_after
         Elements of the kernels; one that several layers read counts for the first of them.
     relative_error
-        Of the layer's output where it was fitted to samples, of its kernel otherwise.
+        Of the layer's output where it was `fitted`, of its kernel otherwise.
     converged, next_step
         Whether the fit did, and what to try where it did not.
     nodes
         Names of the new nodes.
+    fitted
+        Whether it was fitted to samples.
     """
 
     name: str
@@ -64,6 +66,7 @@ class LayerReport:
     converged: bool
     next_step: str
     nodes: tuple[str, ...]
+    fitted: bool = False
 
 
 class FactorCache:
@@ -214,6 +217,7 @@ def rewrite(
             factorization.converged,
             factorization.next_step,
             nodes[layer.name],
+            bool(feeds),
         )
         for group, layer, chain, choice, factorization, first in reports
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import models
@@ -121,3 +123,34 @@ def test_factors_are_kept_orthogonal_and_then_cut(method: str) -> None:
 def test_what_a_recipe_lays_down_is_not_contradicted(options: dict[str, Any], said: str) -> None:
     with pytest.raises(LowRankError, match=said):
         lr.compress(models.DIGITS, evaluate=TEST, **options)
+
+
+def with_external_data(model: onnx.ModelProto, folder: Path) -> Path:
+    onnx.save(model, folder / "external.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    return folder / "external.onnx"
+
+
+def with_constants(model: onnx.ModelProto, folder: Path) -> Path:
+    constants = [onnx.helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer]
+    nodes = [*constants, *model.graph.node]
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, folder / "constants.onnx")
+    return folder / "constants.onnx"
+
+
+@pytest.mark.parametrize("options", [CP, ORTHOGONAL], ids=["vbmf_cp", "orthogonal"])
+def test_where_a_model_keeps_its_kernels_makes_no_difference(options: dict[str, Any], tmp_path: Path) -> None:
+    picture = {"input": np.load(TEST)["input"][:8]}
+    stored = (
+        models.DIGITS,
+        *(store(onnx.load(models.DIGITS), tmp_path) for store in (with_external_data, with_constants)),
+    )
+    plain, *others = (lr.compress(path, evaluate=TEST, **options) for path in stored)
+    expected, *outputs = (
+        onnxruntime.InferenceSession(result.model.SerializeToString()).run(None, picture)[0]
+        for result in (plain, *others)
+    )
+    for other, output in zip(others, outputs, strict=True):
+        assert other.report.layers == plain.report.layers
+        np.testing.assert_array_equal(output, expected)

@@ -101,7 +101,7 @@ def test_of_a_promise_the_drop_its_bound_and_what_was_asked_are_told_apart() -> 
 
 def test_what_an_error_is_of_is_said_above_it() -> None:
     assert "kernel error" in shown(render_report(REPORT))
-    assert "output error" in shown(render_report(replace(REPORT, config={"calibrate": "data.npz"})))
+    assert "output error" in shown(render_report(replace(REPORT, layers=(replace(LAYER, fitted=True),))))
     layer = LayerView("conv1", "Conv", (64, 32, 3, 3), 1, 1, None)
     view = Inspection(Cost(1, 1), (layer,), (), ())
     assert "kernel error: relative error of the kernel" in shown(render_inspection(view))

@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import pytest
 
+import models
+from onnx_lowrank.calibration.calibrate import HELD_OUT
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.planning.planner import Planner
@@ -169,3 +171,25 @@ def test_a_fixed_batch_is_kept() -> None:
         value.type.tensor_type.shape.dim[0].dim_value = 2
     with open_bench(planner(model, batch_size=5)) as bench:
         assert bench.latency(bench.attempt(bench.planner.smallest("macs"))).batch == 2
+
+
+def test_where_fits_to_samples_do_worse_on_others_the_weights_alone_are_taken_and_said_to_be() -> None:
+    with np.load(models.DIGITS.with_name("digits_calibrate.npz")) as file:
+        pictures = file["input"][:128]
+    alike = pictures.copy()
+    alike[np.arange(len(pictures)) % HELD_OUT != HELD_OUT - 1] = pictures[0]
+    made = {}
+    for name, samples in (("alike", alike), ("varied", pictures)):
+        of = planner(
+            models.DIGITS,
+            calibrate=[{"input": samples}],
+            methods="channel_svd",
+            include="*conv1*",
+            budget={"macs": 0.9},
+        )
+        with open_bench(of) as bench:
+            made[name] = bench.attempt(bench.planner.solve(bench.planner.config.budget))
+    assert made["alike"].layers and made["varied"].layers
+    assert bench_module.UNFITTED in made["alike"].plan.notes
+    assert not any(layer.fitted for layer in made["alike"].layers)
+    assert all(layer.fitted for layer in made["varied"].layers)
