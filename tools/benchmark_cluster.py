@@ -2,11 +2,12 @@
 
     python -m tools.benchmark_cluster [--network vgg16] [--methods cp3] [--budget 0.5] [--include 'conv[1-3]*'] [--repeats 1]
 
-Times the plan (every layer's candidates), in turn, with the cache off: ``--jobs 1``, ``--jobs 2``, and two Dask workers with one
-thread each that are running already, as separate processes on the loopback interface. The ceiling is how much faster two
+Times, in turn and with the cache off, the plan (opening the model, every layer's candidates, the allocation) and its carrying out
+(the kernels): ``--jobs 1``, ``--jobs 2``, and two Dask workers with one thread each that are running already, as separate
+processes on the loopback interface. The ceiling is how much faster two
 processes that know nothing of each other factorise matrices than one does twice as many, measured before and after. The seconds of
-all processors that the processes of a way used tell what sharing the work costs, on a busy machine too. Plans that differ are an
-error.
+all processors that the processes of a way used tell what sharing the work costs, on a busy machine too. Results that differ are
+an error.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ os.environ["ONNX_LOWRANK_CACHE"] = ""
 
 import models
 import onnx_lowrank as lr
+from onnx_lowrank.cache import fingerprint
+from onnx_lowrank.config import Config, make_config
+from onnx_lowrank.graph.model import serialize
+from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.planning.plans import plan_to_dict
+from onnx_lowrank.subject import open_subject
+from onnx_lowrank.types import no_progress
 from onnx_lowrank.work import parallel
 
 ALONE = (
@@ -73,6 +80,17 @@ def processor_seconds() -> float:
     return total
 
 
+def planned_and_carried_out(path: str, config: Config) -> tuple[tuple[float, float], str]:
+    """Seconds for a plan and for its kernels, and a hash of both."""
+    began = time.perf_counter()
+    planner = Planner(open_subject(path, config), config, no_progress)
+    plan = planner.solve(config.budget)
+    planned = time.perf_counter()
+    model, _ = planner.carry_out(plan)
+    done = time.perf_counter()
+    return (planned - began, done - planned), fingerprint(json.dumps(plan_to_dict(plan)), serialize(model))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", default="vgg16")
@@ -102,20 +120,23 @@ def main() -> None:
             lr.analyze(models.DIGITS, cluster=address, budget={"macs": 0.5})  # the workers have imported what they need
             parallel.WORTH_A_PROCESS = least
             print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; ceiling {ceiling():.2f}", flush=True)
-            times: dict[str, list[float]] = {way: [] for way in ways}
-            plans = set()
+            times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+            made = set()
             for _ in range(arguments.repeats):
                 for way, where in ways.items():
-                    began, used = time.perf_counter(), processor_seconds()
-                    plan = lr.analyze(str(path), **options, **where)
-                    times[way].append(time.perf_counter() - began)
-                    plans.add(json.dumps(plan_to_dict(plan)))
+                    used = processor_seconds()
+                    seconds, outcome = planned_and_carried_out(str(path), make_config(**options, **where))
+                    times[way].append(seconds)
+                    made.add(outcome)
                     used = processor_seconds() - used
-                    print(f"{way}: {times[way][-1]:.1f} s, {used:.1f} s of processors", flush=True)
+                    print(f"{way}: {seconds[0]:.1f} s + {seconds[1]:.1f} s, {used:.1f} s of processors", flush=True)
             print(f"load {os.getloadavg()[0]:.1f}; ceiling {ceiling():.2f}")
-            one, two, dask = (float(np.median(each)) for each in times.values())
-            print(f"2 processes {one / two:.2f} times as fast as 1; Dask {dask / two:.2f} times as long as 2 processes")
-            assert len(plans) == 1, "the plans differ"
+            one, two, dask = (np.median(each, axis=0) for each in times.values())
+            for what, *each in (("plan", one[0], two[0], dask[0]), ("all", one.sum(), two.sum(), dask.sum())):
+                print(
+                    f"{what}: 2 processes {each[0] / each[1]:.2f} times as fast as 1; Dask {each[2] / each[1]:.2f} times as long"
+                )
+            assert len(made) == 1, "the results differ"
         finally:
             workers.terminate()
             workers.wait()
