@@ -158,9 +158,7 @@ def test_the_numeric_core_knows_numbers_only() -> None:
 
 
 def test_a_process_that_works_on_layers_imports_numbers_only() -> None:
-    code = (
-        "import sys, onnx_lowrank.candidates; print(*[m for m in ('onnx', 'onnxruntime', 'rich') if m in sys.modules])"
-    )
+    code = "import sys, onnx_lowrank.candidates, onnx_lowrank.report.spectra; print(*[m for m in ('onnx', 'onnxruntime', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == []
 

@@ -4,55 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
-
-from onnx_lowrank.candidates import Group, Refuses, group_candidates, loaded_task
-from onnx_lowrank.decompositions import find_decomposition, is_joint
-from onnx_lowrank.decompositions.matrix import MatrixDecomposition
-from onnx_lowrank.linalg import unfold
+from onnx_lowrank.candidates import loaded_task
+from onnx_lowrank.decompositions import is_joint
 from onnx_lowrank.planning.planner import Planner
-from onnx_lowrank.ranks import evbmf
+from onnx_lowrank.report.spectra import Spectrum, evenly, look_at
 from onnx_lowrank.rewriting.rewrite import LayerReport
 from onnx_lowrank.types import DENSE, Candidate, Plan, Rank
 from onnx_lowrank.work.parallel import run_all
 from onnx_lowrank.work.tasks import Task
-
-THINNED = 64
-"""Points of a spectrum that are kept."""
 
 CURVE = 24
 """Points of an error curve that are kept."""
 
 ITERATIVE = ("cp3", "cp4")
 """Methods without a closed form: their errors are shown where a plan needed them, and not worked out for a picture."""
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Singular values of a kernel read as a matrix.
-
-    Parameters
-    ----------
-    shape
-        Of the matrix.
-    places, values
-        Some of the singular values, at most ``THINNED``: their places from 1 on, and their sizes over the largest.
-    threshold
-        Of VBMF, over the largest singular value: what lies below is noise.
-    vbmf_rank
-        Singular values above it.
-    rank
-        What the layer was cut to along this matrix; None where it was not.
-    """
-
-    shape: tuple[int, int]
-    places: tuple[int, ...]
-    values: tuple[float, ...]
-    threshold: float
-    vbmf_rank: int
-    rank: int | None
 
 
 @dataclass(frozen=True)
@@ -138,10 +104,11 @@ def layer_details(
     kind = _error_kind(planner) if known else "kernel"
     # what no plan asked for is worked out here, where that takes no iterations
     methods = () if known else tuple(m for m in planner.config.methods if m not in ITERATIVE and not is_joint(m))
+    settings = methods, planner.block, planner.target.formats.refuses
     with planner.stage("report"):
         seen = run_all(
-            partial(_seen, methods=methods, block=planner.block, refuses=planner.target.refuses),
-            [Task((group, choices.get(group.names[0])), group.dense.cost.params) for group in groups],
+            look_at,
+            [Task((group, choices.get(group.names[0]), *settings), group.dense.cost.params) for group in groups],
             loaded_task,
             work=planner.work,
             progress=planner.progress,
@@ -181,59 +148,6 @@ def _error_kind(planner: Planner) -> str:
     return "kernel" if not planner.fitting.wanted else "layer" if damage == "weights" else "model"
 
 
-_Task = tuple[Group, "Candidate | None"]
-
-
-def _seen(
-    task: _Task, methods: tuple[str, ...], block: int, refuses: Refuses
-) -> tuple[tuple[Spectrum, ...], tuple[Candidate, ...]]:
-    """Spectra of a group's kernel, and its candidates by `methods`."""
-    group, choice = task
-    made = group_candidates(group, methods, block, refuses=refuses)[0] if methods else ()
-    return _spectra(group, choice), made
-
-
-def _spectra(group: Group, choice: Candidate | None) -> tuple[Spectrum, ...]:
-    """Of the matrices that a choice cuts, of the first group of channels; of the kernel's rows where it cuts none.
-
-    A depthwise kernel has none worth showing: each of its channels is one row.
-    """
-    spec = group.layers[0].spec
-    if spec.depthwise:
-        return ()
-    kernel = np.split(group.layers[0].read_weight(), spec.group)[0]
-    cuts: list[tuple[np.ndarray, int | None]] = [(unfold(kernel, 0), None)]
-    if choice is not None and not choice.dense:
-        decomposition = find_decomposition(choice.decomposition)
-        if isinstance(decomposition, MatrixDecomposition):
-            cuts = [(decomposition.matricize(kernel), choice.rank[0])]
-        elif len(choice.rank) == 2:  # (out, in) of Tucker-2
-            cuts = [(unfold(kernel, mode), rank) for mode, rank in enumerate(choice.rank)]
-    return tuple(spectrum(matrix, rank) for matrix, rank in cuts)
-
-
-def spectrum(matrix: np.ndarray, rank: int | None = None) -> Spectrum:
-    """Singular values of a matrix (m, n), thinned, and what VBMF makes of them.
-
-    Examples
-    --------
-    >>> spectrum(np.diag([4.0, 2.0, 1.0]), 2).values
-    (1.0, 0.5, 0.25)
-    """
-    found = evbmf(matrix)
-    values = found.singular_values
-    scale = float(values[0]) if len(values) and values[0] > 0 else 1.0
-    picks = _picks(len(values), THINNED)
-    return Spectrum(
-        (int(matrix.shape[0]), int(matrix.shape[1])),
-        tuple(i + 1 for i in picks),
-        tuple(float(values[i]) / scale for i in picks),
-        found.threshold / scale,
-        found.rank,
-        rank,
-    )
-
-
 _Point = tuple[Rank, float, float]
 
 
@@ -270,9 +184,4 @@ def _front(points: Sequence[_Point]) -> list[_Point]:
 
 
 def _thinned(points: Sequence[_Point]) -> tuple[_Point, ...]:
-    return tuple(points[i] for i in _picks(len(points), CURVE))
-
-
-def _picks(count: int, most: int) -> list[int]:
-    """At most so many of `count` places, evenly spaced, both ends among them."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
+    return tuple(points[i] for i in evenly(len(points), CURVE))

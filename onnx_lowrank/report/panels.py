@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from onnx_lowrank.candidates import show_rank
 from onnx_lowrank.report.charts import Axis, Chart, ceiling
 from onnx_lowrank.report.data import Report, Step
-from onnx_lowrank.report.details import ERROR_KINDS, Curve, LayerDetails, Spectrum
+from onnx_lowrank.report.details import ERROR_KINDS, Curve, LayerDetails
 from onnx_lowrank.report.numbers import PERCENT, TIMES, difference, digits, figure, percent
+from onnx_lowrank.report.spectra import Spectrum
 from onnx_lowrank.types import Rank, Skip
 
 FLOOR = 1e-3

@@ -20,10 +20,11 @@ from onnx_lowrank.cli import main
 from onnx_lowrank.decompositions import DECOMPOSITIONS
 from onnx_lowrank.report import page
 from onnx_lowrank.report.data import BudgetResult, Report, Size, Step, TargetResult
-from onnx_lowrank.report.details import Curve, LayerDetails, spectrum
+from onnx_lowrank.report.details import Curve, LayerDetails
 from onnx_lowrank.report.page import Origin, inspection_page, result_page, verification_page, write_page
 from onnx_lowrank.report.panels import search_chart
 from onnx_lowrank.report.results import Result
+from onnx_lowrank.report.spectra import spectrum
 from onnx_lowrank.rewriting.rewrite import LayerReport
 from onnx_lowrank.runtime import Partitions
 from onnx_lowrank.types import Skip
