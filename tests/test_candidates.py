@@ -17,7 +17,6 @@ from onnx_lowrank.candidates import (
     estimated_candidate,
     group_candidates,
     group_layers,
-    loaded,
     pareto,
     price,
     rank_grid,
@@ -25,6 +24,7 @@ from onnx_lowrank.candidates import (
     show_rank,
 )
 from onnx_lowrank.decompositions import DECOMPOSITIONS, lift
+from onnx_lowrank.layer_tasks import loaded
 from onnx_lowrank.types import DENSE, Candidate, ConvSpec, Cost, Layer, LowRankError, Skip, Stage
 from tests.reference import counted_macs
 

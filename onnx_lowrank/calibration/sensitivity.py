@@ -12,19 +12,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from onnx_lowrank.cache import UNKEPT, Kept
 from onnx_lowrank.calibration.calibrate import Activations, Loaded, count, run_segment
-from onnx_lowrank.candidates import Group, group_task, loaded_task, methods_key, pareto, spread
-from onnx_lowrank.decompositions import find_decomposition, lift
+from onnx_lowrank.candidates import Group, pareto, spread
 from onnx_lowrank.decompositions.levels import NONE
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, cuts, island_of, last_segment
+from onnx_lowrank.layer_tasks import draft_of, group_task, loaded_task, methods_key
 from onnx_lowrank.types import Candidate, Factorization, LayerStatistics, Progress
 from onnx_lowrank.verification.metrics import METRICS
 from onnx_lowrank.work.parallel import run_all
@@ -217,21 +216,7 @@ def _drafts(
         group, seen = owners[probe.layers[0]], statistics.get(probe.layers[0])
         key = methods_key(probe.decomposition), probe.rank, seen, seed
         tasks.append(group_task(group, probe, seen, seed, size=group.layers[0].spec.params, key=key))
-    return run_all(_draft, tasks, loaded_task, work=work, progress=progress, stage="analyze")
-
-
-def _draft(given: tuple[Any, ...]) -> Factorization:
-    group, probe, seen, seed = given
-    layer = group.layers[0]
-    return lift.factorize(
-        find_decomposition(probe.decomposition),
-        [layer.spec],
-        [layer.read_weight()],
-        probe.rank,
-        None if seen is None else [seen],
-        rng=np.random.default_rng(seed),
-        draft=True,
-    ).stored(layer.dtype)
+    return run_all(draft_of, tasks, loaded_task, work=work, progress=progress, stage="analyze")
 
 
 def _held_bytes(found: Found, names: Sequence[str]) -> int:

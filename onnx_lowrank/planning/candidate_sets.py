@@ -10,10 +10,11 @@ from typing import Any
 
 from onnx_lowrank.calibration.calibrate import patch_length
 from onnx_lowrank.calibration.sensitivity import agreeing, interpolated, measured
-from onnx_lowrank.candidates import Group, candidates_of, group_task, methods_key
+from onnx_lowrank.candidates import Group
 from onnx_lowrank.config import METHODS
 from onnx_lowrank.decompositions import is_joint
 from onnx_lowrank.graph.sections import alike
+from onnx_lowrank.layer_tasks import candidates_of, group_task, methods_key
 from onnx_lowrank.planning.fitting import Fitting
 from onnx_lowrank.planning.run import Run
 from onnx_lowrank.types import Candidate, LayerStatistics, Skip

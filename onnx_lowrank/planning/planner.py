@@ -15,12 +15,7 @@ from onnx_lowrank.budgets.enc import TOP, combined
 from onnx_lowrank.budgets.knapsack import OutOfReach, cheapest
 from onnx_lowrank.cache import UNKEPT
 from onnx_lowrank.cache.keys import source_key
-from onnx_lowrank.candidates import (
-    estimated_of,
-    group_task,
-    methods_key,
-    pareto,
-)
+from onnx_lowrank.candidates import pareto
 from onnx_lowrank.config import MEASURED, Config
 from onnx_lowrank.decompositions import find_decomposition, is_joint
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
@@ -28,6 +23,7 @@ from onnx_lowrank.graph.datafile import is_large
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.latency.engines import OnMNN
 from onnx_lowrank.latency.sources import Table, check_target, filled_tables
+from onnx_lowrank.layer_tasks import estimated_of, group_task, methods_key
 from onnx_lowrank.planning.candidate_sets import CandidateSets, Policy
 from onnx_lowrank.planning.fitting import Fitting
 from onnx_lowrank.planning.placement import Placement

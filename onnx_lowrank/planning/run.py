@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from onnx_lowrank.cache import UNKEPT, Kept, environment, open_store
-from onnx_lowrank.candidates import loaded_task
 from onnx_lowrank.config import Config
 from onnx_lowrank.graph.kernels import model_digest
+from onnx_lowrank.layer_tasks import loaded_task
 from onnx_lowrank.randomized import exactly
 from onnx_lowrank.runtime import block_size, processor, version
 from onnx_lowrank.subject import Subject

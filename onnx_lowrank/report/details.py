@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx_lowrank.candidates import loaded_task
 from onnx_lowrank.decompositions import is_joint
+from onnx_lowrank.layer_tasks import loaded_task
 from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.report.spectra import Spectrum, evenly, look_at
 from onnx_lowrank.rewriting.rewrite import LayerReport

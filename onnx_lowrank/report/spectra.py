@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from onnx_lowrank.candidates import Group, group_candidates, loaded
+from onnx_lowrank.candidates import Group, group_candidates
 from onnx_lowrank.decompositions import find_decomposition
 from onnx_lowrank.decompositions.matrix import MatrixDecomposition
+from onnx_lowrank.layer_tasks import loaded
 from onnx_lowrank.linalg import unfold
 from onnx_lowrank.ranks import evbmf
 from onnx_lowrank.types import Candidate

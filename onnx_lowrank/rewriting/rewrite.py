@@ -11,18 +11,11 @@ from typing import BinaryIO
 import numpy as np
 
 from onnx_lowrank.cache import UNKEPT, Kept
-from onnx_lowrank.candidates import (
-    Group,
-    chain_macs,
-    factorize_group,
-    group_of,
-    group_task,
-    loaded_task,
-    methods_key,
-)
+from onnx_lowrank.candidates import Group, chain_macs, group_of
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.splice import Replacement, splice
+from onnx_lowrank.layer_tasks import factorize_group, group_task, loaded_task, methods_key
 from onnx_lowrank.rewriting.correction import corrected_biases
 from onnx_lowrank.rewriting.refit import refit
 from onnx_lowrank.types import Candidate, Chain, Factorization, Layer, LayerStatistics, LowRankError, Plan, Progress

@@ -14,8 +14,9 @@ import pytest
 
 from onnx_lowrank.cache import environment, fingerprint, keys
 from onnx_lowrank.cache.keys import member_key
-from onnx_lowrank.candidates import Group, InMemory
+from onnx_lowrank.candidates import Group
 from onnx_lowrank.decompositions import DECOMPOSITIONS
+from onnx_lowrank.layer_tasks import InMemory
 from onnx_lowrank.types import ConvSpec, Layer, LayerStatistics
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3)

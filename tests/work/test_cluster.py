@@ -23,12 +23,12 @@ import pytest
 import models
 import onnx_lowrank as lr
 from onnx_lowrank.cache import Store, fingerprint
-from onnx_lowrank.candidates import group_task, loaded_task
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.find import find_layers
 from onnx_lowrank.graph.kernels import Kernel, PlacedKernel
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.shapes import infer
+from onnx_lowrank.layer_tasks import group_task, loaded_task
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import LowRankError, no_progress
 from onnx_lowrank.work import cluster, parallel
