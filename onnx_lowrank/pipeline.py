@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lowrank import runtime
-from onnx_lowrank.config import PLANNED, Config, make_config
+from onnx_lowrank.config import Config, make_config
 from onnx_lowrank.graph.probe import probe_model
 from onnx_lowrank.graph.shapes import declared
 from onnx_lowrank.interop import from_proto
@@ -53,16 +53,9 @@ def analyze(model: Any, *, config: Config | None = None, progress: Progress = no
     recipe = find_recipe(config.recipe)
     config = recipe.configure(config)
     planner = Planner(_opened(model, config), config, progress, recipe.policy(config))
-    if config.rank:
-        return planner.estimated()
-    for budget in config.budget:
-        if planner.counts(budget.metric) != budget.metric:
-            raise LowRankError(
-                f"a budget on {budget.metric} is measured: use compress, or a budget on {', '.join(PLANNED)} or latency"
-            )
-    if not config.budget:
-        raise LowRankError("nothing to plan for: give a budget, for example macs=0.5, or a rank estimator")
-    return planner.solve(config.budget)
+    if recipe.plan is None:
+        raise LowRankError(f"recipe {config.recipe} finds its ranks while it trains or measures: use compress")
+    return recipe.plan(planner)
 
 
 def apply(

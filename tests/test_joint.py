@@ -275,3 +275,14 @@ def test_what_is_measured_of_single_layers_is_not_asked_of_several(network: onnx
     options = {"budget": {"macs": 0.5}, "methods": "spatial_svd,joint_left", "calibrate": [picture(4)]}
     with pytest.raises(lr.LowRankError, match="leave out joint_left"):
         lr.analyze(network, damage=damage, **options)
+
+
+def test_analyze_gives_the_plan_of_the_recipe_or_says_that_it_has_none(network: onnx.ModelProto) -> None:
+    options = {"recipe": "joint_svd", "rank": "ratio=0.1"}
+    plan = lr.analyze(network, **options)
+    assert any(choice.decomposition == "joint_left" for choice in plan.choices)
+    assert plan.ratio("params") < 0.5
+    with pytest.raises(
+        lr.LowRankError, match="recipe automatic_rank finds its ranks while it trains or measures: use compress"
+    ):
+        lr.analyze(network, recipe="automatic_rank", budget={"macs": 0.5})

@@ -10,7 +10,7 @@ from onnx_lowrank.planning.candidate_sets import Policy
 from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.recipes import automatic_rank, default, joint_svd, orthogonal, vbmf_cp
 from onnx_lowrank.search.bench import Attempt, Bench
-from onnx_lowrank.types import member_of
+from onnx_lowrank.types import Plan, member_of
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,19 @@ class Recipe:
         How plans are made under these options.
     search
         Finds the plan to end with.
+    plan
+        The plan by itself, without a model made or measured; None where it is only known at the end.
     """
 
     configure: Callable[[Config], Config]
     policy: Callable[[Config], Policy]
     search: Callable[[Planner, Bench], Attempt]
+    plan: Callable[[Planner], Plan] | None = None
 
 
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe(default.configure, default.policy, default.search),
-    "joint_svd": Recipe(joint_svd.configure, joint_svd.policy, joint_svd.search),
+    "default": Recipe(default.configure, default.policy, default.search, default.plan_of),
+    "joint_svd": Recipe(joint_svd.configure, joint_svd.policy, joint_svd.search, joint_svd.plan_of),
     "vbmf_cp": Recipe(vbmf_cp.configure, vbmf_cp.policy, vbmf_cp.search),
     "orthogonal": Recipe(orthogonal.configure, orthogonal.policy, orthogonal.search),
     "automatic_rank": Recipe(automatic_rank.configure, automatic_rank.policy, automatic_rank.search),
