@@ -15,6 +15,8 @@ from onnx import numpy_helper
 import models
 from models import digits, layers
 from onnx_lowrank.types import LowRankError
+from tests.helpers import SHARED, needs_shared
+from tools import cifar
 
 # torchvision (ImageNet); He et al. 2016 and its usual reimplementations (CIFAR).
 PUBLISHED = {
@@ -37,6 +39,8 @@ PUBLISHED = {
     "resnet34_half_cifar10": 5_326_506,
 }
 SMALL = ["resnet20_cifar10", "resnet56_cifar10", "resnet110_cifar10", "alexnet_cifar10", "vgg16_cifar10"]
+TRAINED = ["resnet20_cifar10", "vgg_small_cifar10", "alexnet_half_cifar10"]
+COUNT = 400
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -102,6 +106,22 @@ def test_an_imagenet_residual_network_runs(name: str, classes: int) -> None:
     assert output.shape == (1, classes)
     assert np.isfinite(output).all()
     assert 0.01 < output.std() < 100
+
+
+@needs_shared
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_network_is_small_and_knows_pictures_as_its_file_says(name: str) -> None:
+    path = models.DIGITS.with_name(f"{name}.onnx")
+    assert path.stat().st_size < 3e6
+    model = onnx.load(path)
+    assert trainable(model) == PUBLISHED[name]
+    claimed = float({entry.key: entry.value for entry in model.metadata_props}["test_accuracy"])
+    pictures, labels = (part[:COUNT] for part in cifar.jpeg(SHARED / "cifar10" / "jpeg_test_5000.npz"))
+    (scores,) = session(model).run(None, {"input": cifar.inputs(pictures)})
+    # four standard errors of a share of so many
+    assert np.mean(scores.argmax(1) == labels) == pytest.approx(
+        claimed, abs=4 * (claimed * (1 - claimed) / COUNT) ** 0.5
+    )
 
 
 def test_a_model_says_what_it_is() -> None:
