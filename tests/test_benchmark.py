@@ -80,3 +80,12 @@ def test_a_way_that_fails_is_a_row_that_says_so():
 def test_every_way_names_a_module_that_is_there():
     folder = Path(measure.__file__).parent
     assert all((folder / f"{way.place.split(':')[0]}.py").exists() for way in WAYS.values())
+
+
+@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if not way.peer and way.shares and not way.dear])
+def test_a_way_written_after_its_paper_makes_a_model_of_the_share(name, tmp_path):
+    samples = DIGITS.with_name("digits_calibrate.npz")
+    WAYS[name].load()(DIGITS, samples)(0.6, tmp_path / "small.onnx")
+    picture = np.load(samples)["input"][:1]
+    before, after = (measure.macs(onnx.load(path), picture) for path in (DIGITS, tmp_path / "small.onnx"))
+    assert 0.4 < after / before <= 0.6

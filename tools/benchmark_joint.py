@@ -92,7 +92,8 @@ def run_time(out: Path) -> None:
         onnx.save(result.model, paths[0])
         onnx.save(copied_out(result.model), paths[1])
         feeds = {"input": np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)}
-        timing = time_pair(*(Session(path, RunSettings()) for path in paths), feeds)
+        shared, copied = (Session(path, RunSettings()) for path in paths)
+        timing = time_pair(shared, copied, feeds)
         sizes = [path.stat().st_size for path in paths]
         print(
             f"{scheme}: copied out / shared, time {1 / timing.speedup:.3f}, bytes {sizes[1] / sizes[0]:.2f}", flush=True

@@ -93,7 +93,7 @@ def beside(name: str, path: Path, ratio: float, out: Path) -> str:
         sessions.append(Session(out / f"{name}.{way}.onnx", RunSettings()))
     original = Session(path, RunSettings())
     feeds = planner.subject.feeds()
-    gains = [time_pair(*sessions, feeds).speedup for _ in range(RUNS)]
+    gains = [time_pair(sessions[0], sessions[1], feeds).speedup for _ in range(RUNS)]
     speeds = [time_pair(original, session, feeds).speedup for session in sessions]
     shares = f"{by_macs.ratio('macs'):.2f} | {by_latency.ratio('macs'):.2f}"
     return (

@@ -50,7 +50,7 @@ print(platform.machine(), platform.python_version(), ort.__version__, np.__versi
 
 def run(*command: str | Path, **options: object) -> str:
     """What a command says; an error where it fails."""
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True, **options).stdout  # type: ignore[call-overload,no-any-return]
+    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True, **options).stdout  # type: ignore[call-overload]
 
 
 def fetch(work: Path) -> None:

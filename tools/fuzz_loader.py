@@ -84,8 +84,6 @@ OPERATORS = (
     "Cast",
     "Squeeze",
     "Unsqueeze",
-)
-OPERATORS += (
     "Flatten",
     "Constant",
     "DequantizeLinear",

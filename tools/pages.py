@@ -138,7 +138,7 @@ def _value(value: Any) -> str:
 
 def _parameters(kind: Any) -> dict[str, str]:
     """Name -> meaning, from the section of a numpy docstring."""
-    found = {}
+    found: dict[str, str] = {}
     text = re.sub(r"^    ", "", kind.__doc__ or "", flags=re.MULTILINE)
     section = re.search(r"^Parameters\n-+\n(.*?)(?=^\w[^\n]*\n---|\Z)", text, re.MULTILINE | re.DOTALL)
     for names, meaning in re.findall(

@@ -36,8 +36,8 @@ def restart(program: Program) -> None:
                 value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)
             else:
                 value.fill_(float(name.endswith("weight")))
-        for name, value in program.statistics.items():
-            value.fill_(float(name.endswith("var")))
+        for name, statistic in program.statistics.items():
+            statistic.fill_(float(name.endswith("var")))
 
 
 def accuracy(program: Program, images: np.ndarray, labels: np.ndarray) -> float:

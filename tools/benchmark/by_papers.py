@@ -16,6 +16,7 @@ from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.rewriting.rewrite import rewrite
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import no_progress
+from onnx_lowrank.work.tasks import Work
 from tools.benchmark_accuracy import Pick, at_share, batches, same_energy, same_share, spectra, whitened_model
 
 Make = Callable[["float | None", Path], None]
@@ -36,7 +37,7 @@ def _by_weights(model: Path, picks: Callable[[Sequence[Group]], Pick]) -> Make:
     def make(share: float | None, out: Path) -> None:
         plan = at_share(planner, groups, pick, float(share or 0))
         made = rewrite(
-            subject.model, subject.found, subject.groups, plan, seed=0, jobs=1, correct=False, progress=no_progress
+            subject.model, subject.found, subject.groups, plan, seed=0, work=Work(), correct=False, progress=no_progress
         )[0]
         onnx.save(made.proto, out)
 
