@@ -203,3 +203,9 @@ def regrouped(dense: np.ndarray, group: int, *, transposed: bool) -> np.ndarray:
     kernel = np.concatenate(blocks)
     assert np.count_nonzero(dense) == np.count_nonzero(kernel)
     return kernel
+
+
+def arrays(path: Path | str) -> dict[str, np.ndarray]:
+    """All of an archive, which is closed."""
+    with np.load(path) as archive:
+        return dict(archive)

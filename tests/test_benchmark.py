@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 import onnx_lowrank as lr
+from tests.helpers import arrays
 from tools.benchmark import measure
 from tools.benchmark.shares import Result, holds, least, scan
 from tools.benchmark.table import row
@@ -86,6 +87,6 @@ def test_every_way_names_a_module_that_is_there():
 def test_a_way_written_after_its_paper_makes_a_model_of_the_share(name, tmp_path):
     samples = DIGITS.with_name("digits_calibrate.npz")
     WAYS[name].load()(DIGITS, samples)(0.6, tmp_path / "small.onnx")
-    picture = np.load(samples)["input"][:1]
+    picture = arrays(samples)["input"][:1]
     before, after = (measure.macs(onnx.load(path), picture) for path in (DIGITS, tmp_path / "small.onnx"))
     assert 0.4 < after / before <= 0.6

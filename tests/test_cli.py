@@ -22,8 +22,8 @@ import pytest
 import models
 from onnx_lowrank.cli import main
 from tests import tiny
+from tests.helpers import arrays, stored, with_stored
 from tests.helpers import run as run_model
-from tests.helpers import stored, with_stored
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK = "--methods svd,spatial_svd --align 1 --jobs 1"
@@ -453,7 +453,7 @@ def test_a_fragile_model_is_left_dense_under_max_drop(folder: Path, run: Run) ->
 
 
 def test_labels_shifted_by_a_row_are_told_and_no_drop_is_promised_on_them(folder: Path, run: Run) -> None:
-    data = dict(np.load(models.DIGITS_TEST))
+    data = arrays(models.DIGITS_TEST)
     tiny.save_data(Path("shifted.npz"), input=data["input"], labels=np.roll(data["labels"], 1))
     told = "right, no better than guessing among 10 classes: labels, preprocess or the order of classes are wrong"
     line = f"compress {models.DIGITS} out/small.onnx --objective macs --evaluate shifted.npz {QUICK}"
@@ -558,7 +558,7 @@ def test_verify_says_what_an_own_computation_says(folder: Path, run: Run) -> Non
     run(f"compress model.onnx out/small.onnx --budget macs=0.3 {QUICK}")
     code, out, err = run("verify model.onnx out/small.onnx --evaluate data.npz --json out/check.json --threads 1")
     assert (code, err) == (0, "")
-    data = np.load("data.npz")
+    data = arrays("data.npz")
     first, second = (run_model(name, {"x": data["x"]})[0].astype(float) for name in ("model.onnx", "out/small.onnx"))
     check = json.loads(Path("out/check.json").read_text())
     accuracy = check["accuracy"]
@@ -613,10 +613,10 @@ def test_a_metric_of_ones_own_decides(folder: Path, run: Run) -> None:
     line = f"compress model.onnx out/small.onnx --budget macs=0.3 --evaluate data.npz --metric metric.py:tenth {QUICK}"
     assert run(line + " --json out/report.json")[0] == 0
     accuracy = json.loads(Path("out/report.json").read_text())["accuracy"]
-    scores = run_model("out/small.onnx", {"x": np.load("data.npz")["x"]})[0]
+    scores = run_model("out/small.onnx", {"x": arrays("data.npz")["x"]})[0]
     assert accuracy["metric"] == "metric.py:tenth"
     assert accuracy["original"] == pytest.approx(0.1)
-    assert accuracy["compressed"] == pytest.approx(0.1 * (scores.argmax(1) == np.load("data.npz")["labels"]).mean())
+    assert accuracy["compressed"] == pytest.approx(0.1 * (scores.argmax(1) == arrays("data.npz")["labels"]).mean())
     assert accuracy["drop_upper_95"] is None  # one figure for all samples: nothing to tell its uncertainty from
 
 

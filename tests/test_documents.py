@@ -28,7 +28,7 @@ from onnx_lowrank.cli import main
 from onnx_lowrank.config import Config
 from onnx_lowrank.options import OPTIONS
 from tests.documents import Block, blocks, documents
-from tests.helpers import run
+from tests.helpers import arrays, run
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -101,7 +101,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(path, folder / "models")
         shutil.copy(path, folder)
     onnx.save(stand_in(), folder / "model.onnx")
-    pictures, test = np.load(models.DIGITS_CALIBRATE)["input"], np.load(models.DIGITS_TEST)
+    pictures, test = arrays(models.DIGITS_CALIBRATE)["input"], arrays(models.DIGITS_TEST)
     np.savez(folder / "pictures.npz", input=pictures[:64])
     # the stand-in knows nothing of digits: no drop is promised on labels that it only guesses
     given = run(str(folder / "model.onnx"), {"input": test["input"][:200]})[0].argmax(axis=1)

@@ -25,7 +25,7 @@ from onnx_lowrank.cli import main
 from onnx_lowrank.decompositions import DECOMPOSITIONS
 from onnx_lowrank.linalg import relative_residual, tail_energy
 from onnx_lowrank.types import Chain, ConvSpec, Factorization, LayerStatistics, Rank, Stage
-from tests.helpers import run
+from tests.helpers import arrays, run
 
 PACKAGE = Path(lr.__file__).parent
 ROOT = PACKAGE.parent
@@ -293,7 +293,7 @@ def test_a_decomposition_is_one_line_in_its_table(monkeypatch: pytest.MonkeyPatc
     plan.write_text('{"choices": [{"layers": ["conv2"], "decomposition": "first_channels", "rank": 32}]}')
     whole = lr.apply(models.DIGITS, plan, jobs=1)
     assert [layer.nodes for layer in whole.report.layers] != [()]
-    x = {"input": np.load(models.DIGITS_TEST)["input"][:8]}
+    x = {"input": arrays(models.DIGITS_TEST)["input"][:8]}
     np.testing.assert_allclose(run(whole.model, x)[0], run(str(models.DIGITS), x)[0], rtol=1e-4, atol=1e-4)
 
 

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 import models
 from models import digits, layers
 from onnx_lowrank.types import LowRankError
-from tests.helpers import SHARED, needs_shared
+from tests.helpers import SHARED, arrays, needs_shared
 from tools import cifar
 
 # torchvision (ImageNet); He et al. 2016 and its usual reimplementations (CIFAR).
@@ -233,7 +233,7 @@ def test_the_trained_digits_are_as_accurate_as_recorded() -> None:
     model = onnx.load(models.DIGITS)
     onnx.checker.check_model(model, full_check=True)
     recorded = {entry.key: entry.value for entry in model.metadata_props}
-    data = np.load(models.DIGITS_TEST)
+    data = arrays(models.DIGITS_TEST)
     (scores,) = session(model).run(["output"], {"input": data["input"]})
     accuracy = np.mean(scores.argmax(axis=1) == data["labels"])
     # One picture more or less: another processor sums in another order.
@@ -245,8 +245,8 @@ def test_the_trained_digits_are_as_accurate_as_recorded() -> None:
 
 
 def test_the_data_of_the_digits_are_what_the_model_takes_and_do_not_overlap() -> None:
-    calibrate, test = np.load(models.DIGITS_CALIBRATE), np.load(models.DIGITS_TEST)
-    assert calibrate.files == ["input"] and sorted(test.files) == ["input", "labels"]
+    calibrate, test = arrays(models.DIGITS_CALIBRATE), arrays(models.DIGITS_TEST)
+    assert list(calibrate) == ["input"] and sorted(test) == ["input", "labels"]
     assert calibrate["input"].shape == (512, 1, 8, 8) and test["input"].shape == (600, 1, 8, 8)
     assert calibrate["input"].dtype == test["input"].dtype == np.float32 and test["labels"].dtype == np.int64
     assert test["input"].min() == 0 and test["input"].max() == 1

@@ -35,7 +35,8 @@ class Header:
 def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """The open archive; whatever is wrong with it while it is read becomes one `LowRankError`."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        # a file of our own: it is closed even while streams of members are not
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise LowRankError(f"{path}: not a readable .npz archive ({error}); write it again with numpy.savez") from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnx_lowrank.data.pieces import Feeds, Piece, Reader, regroup
+from onnx_lowrank.data.pieces import Feeds, Piece, Reader, closed_after, regroup
 from onnx_lowrank.types import InputSpec, LowRankError
 
 logger = logging.getLogger(__name__)
@@ -103,8 +103,15 @@ class Dataset:
         return self._batches(fixed_batch(self.inputs), size)
 
     def _batches(self, fixed: int | None, size: int) -> Iterator[tuple[Feeds, np.ndarray | None]]:
+        pieces = self.read(self.start, self.stop, fixed or size)
+        with closed_after(pieces):
+            yield from self._conformed(pieces, fixed, size)
+
+    def _conformed(
+        self, pieces: Iterable[Piece], fixed: int | None, size: int
+    ) -> Iterator[tuple[Feeds, np.ndarray | None]]:
         position, short, labelled = self.start, 0, self.labelled
-        for piece in regroup(self.read(self.start, self.stop, fixed or size), fixed or size):
+        for piece in regroup(pieces, fixed or size):
             if short:
                 raise LowRankError(
                     f"{self.name}: the model takes batches of {fixed}, but the arrays change shape at sample "

@@ -12,7 +12,7 @@ import numpy as np
 
 from onnx_lowrank.data.archives import Header, member_rows, open_archive, read_member
 from onnx_lowrank.data.dataset import Dataset, fits, input_text, shape_text
-from onnx_lowrank.data.pieces import Piece, Reader
+from onnx_lowrank.data.pieces import Piece, Reader, closed_after
 from onnx_lowrank.data.preprocess import Preprocess, apply_preprocess, decode_picture
 from onnx_lowrank.types import InputSpec, LowRankError
 
@@ -88,20 +88,22 @@ def read_pictures(
     size: int,
 ) -> Iterator[Piece]:
     """Pictures to samples of the input, one by one. A `Reader` once its first three are bound."""
-    for where, picture, label in pictures(start, stop, size):
-        try:
-            values = apply_preprocess(picture, preprocess)
-        except LowRankError as error:
-            raise LowRankError(f"{where}: {error}") from error
-        if not fits(values.shape, spec.shape[1:]):
-            raise LowRankError(f"{where}: {_misfit(picture, values, spec, preprocess)}")
-        sample = values.astype(spec.dtype)
-        if spec.dtype.kind in "iu" and not np.array_equal(sample, values):
-            raise LowRankError(
-                f"{where}: preprocessed values do not fit the model's input {input_text(spec)}: "
-                f"leave out scale, mean and std"
-            )
-        yield Piece({spec.name: sample[None]}, None if label is None else np.asarray(label)[None], 1)
+    taken = pictures(start, stop, size)
+    with closed_after(taken):
+        for where, picture, label in taken:
+            try:
+                values = apply_preprocess(picture, preprocess)
+            except LowRankError as error:
+                raise LowRankError(f"{where}: {error}") from error
+            if not fits(values.shape, spec.shape[1:]):
+                raise LowRankError(f"{where}: {_misfit(picture, values, spec, preprocess)}")
+            sample = values.astype(spec.dtype)
+            if spec.dtype.kind in "iu" and not np.array_equal(sample, values):
+                raise LowRankError(
+                    f"{where}: preprocessed values do not fit the model's input {input_text(spec)}: "
+                    f"leave out scale, mean and std"
+                )
+            yield Piece({spec.name: sample[None]}, None if label is None else np.asarray(label)[None], 1)
 
 
 def _misfit(picture: np.ndarray, values: np.ndarray, spec: InputSpec, preprocess: Preprocess) -> str:
@@ -131,11 +133,12 @@ def _folder(
 
 
 def _arrays(path: Path, name: str, rows: Reader, start: int, stop: int | None, size: int) -> Iterator[NamedPicture]:
-    index = start
-    for piece in rows(start, stop, size):
-        for row, picture in enumerate(piece.feeds[name]):
-            yield f"{path}: sample {index}", picture, None if piece.labels is None else piece.labels[row]
-            index += 1
+    index, pieces = start, rows(start, stop, size)
+    with closed_after(pieces):
+        for piece in pieces:
+            for row, picture in enumerate(piece.feeds[name]):
+                yield f"{path}: sample {index}", picture, None if piece.labels is None else piece.labels[row]
+                index += 1
 
 
 def _encoded(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -32,6 +33,16 @@ class Piece:
 
 Reader: TypeAlias = Callable[[int, "int | None", int], Iterator[Piece]]
 """``read(start, stop, size)``: the samples from `start` to `stop` (None: the end), at best `size` at a time."""
+
+
+@contextmanager
+def closed_after(pieces: Iterable[Any]) -> Iterator[None]:
+    """See that a generator ends with the block, and what it has open is closed, even where it was not read to its end."""
+    try:
+        yield
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()
 
 
 def regroup(pieces: Iterable[Piece], size: int) -> Iterator[Piece]:

@@ -17,7 +17,7 @@ from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.shapes import infer, model_inputs, sample_shapes
 from onnx_lowrank.types import Candidate, no_progress
 from onnx_lowrank.work.tasks import Work
-from tests.helpers import normal, parse
+from tests.helpers import arrays, normal, parse
 
 BRANCHES = """g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y) {
   [main] a = Conv <pads = [1,1,1,1]> (x, w1)
@@ -88,7 +88,7 @@ def test_with_more_layers_each_is_seen_on_fewer_samples() -> None:
 
 
 def test_samples_whose_activations_do_not_fit_are_left_out_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    feeds = [{"input": np.load(models.DIGITS_CALIBRATE)["input"][:128]}]
+    feeds = [{"input": arrays(models.DIGITS_CALIBRATE)["input"][:128]}]
     options: dict[str, Any] = {"calibrate": feeds, "budget": {"macs": 0.5}, "methods": "channel_svd,svd"}
     whole = lr.compress(models.DIGITS, **options)
     assert not any("do not fit" in note for note in whole.report.notes)
@@ -100,7 +100,7 @@ def test_samples_whose_activations_do_not_fit_are_left_out_and_it_is_said(monkey
 
 
 def test_every_layer_of_the_shipped_model_has_a_damage() -> None:
-    feeds = [{"input": np.load(models.DIGITS_CALIBRATE)["input"][:64]}]
+    feeds = [{"input": arrays(models.DIGITS_CALIBRATE)["input"][:64]}]
     plan = lr.analyze(models.DIGITS, calibrate=feeds, budget={"macs": 0.5})
     assert all(choice.dense or 0 < choice.error < 10 for choice in plan.choices)
 
@@ -110,7 +110,7 @@ def test_samples_seen_in_portions_say_the_same(monkeypatch: pytest.MonkeyPatch) 
     found = find_layers(model, infer(model, sample_shapes(model_inputs(model), {})[0]))
     groups = group_layers(found.layers)
     candidates = [group_candidates(group, ("channel_svd",), 4)[0] for group in groups]
-    pictures = np.load(models.DIGITS_TEST)["input"]
+    pictures = arrays(models.DIGITS_TEST)["input"]
     feeds = [{"input": pictures[i : i + 40]} for i in range(0, 200, 40)]
 
     def errors() -> list[float]:

@@ -16,7 +16,7 @@ import onnx_lowrank as lr
 from onnx_lowrank.decompositions import find_decomposition, lift
 from onnx_lowrank.ranks import evbmf
 from onnx_lowrank.types import ConvSpec, LowRankError
-from tests.helpers import normal
+from tests.helpers import arrays, normal
 
 pytest.importorskip("torch", reason="training needs the extra [finetune]")
 
@@ -141,7 +141,7 @@ def with_constants(model: onnx.ModelProto, folder: Path) -> Path:
 
 @pytest.mark.parametrize("options", [CP, ORTHOGONAL], ids=["vbmf_cp", "orthogonal"])
 def test_where_a_model_keeps_its_kernels_makes_no_difference(options: dict[str, Any], tmp_path: Path) -> None:
-    picture = {"input": np.load(TEST)["input"][:8]}
+    picture = {"input": arrays(TEST)["input"][:8]}
     stored = (
         models.DIGITS,
         *(store(onnx.load(models.DIGITS), tmp_path) for store in (with_external_data, with_constants)),

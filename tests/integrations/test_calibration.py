@@ -15,7 +15,7 @@ import pytest
 import models
 import onnx_lowrank as lr
 from tests import tiny
-from tests.helpers import normal, parse, run
+from tests.helpers import arrays, normal, parse, run
 
 QUICK: dict[str, Any] = {"methods": "svd,spatial_svd", "align": 1, "jobs": 1}
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
 def test_onnxruntime_quantises_with_a_reader(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     quantization = pytest.importorskip("onnxruntime.quantization")
     caplog.set_level(logging.ERROR)
-    test = np.load(models.DIGITS_TEST)
+    test = arrays(models.DIGITS_TEST)
     results = {}
     for name, options in {"whole": {}, "strided": {"CalibStridedMinMax": 128}, "one": {}}.items():
         reader = lr.CalibrationReader(models.DIGITS_CALIBRATE, models.DIGITS)

@@ -13,7 +13,7 @@ import models
 import onnx_lowrank as lr
 from onnx_lowrank.interop import from_proto, to_proto
 from tests import tiny
-from tests.helpers import run
+from tests.helpers import arrays, run
 
 QUICK: dict[str, Any] = {"methods": "svd,spatial_svd", "align": 1, "jobs": 1}
 
@@ -54,7 +54,7 @@ def test_a_graph_becomes_a_model_that_every_current_runtime_reads() -> None:
     proto = to_proto(gs.import_onnx(digits()))
     assert proto.ir_version <= 10
     assert [o.version for o in proto.opset_import if o.domain == ""] == [17]
-    x = {"input": np.load(models.DIGITS_TEST)["input"][:8]}
+    x = {"input": arrays(models.DIGITS_TEST)["input"][:8]}
     np.testing.assert_array_equal(run(proto, x)[0], run(digits(), x)[0])
 
 

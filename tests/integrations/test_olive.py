@@ -13,13 +13,13 @@ import pytest
 import models
 import onnx_lowrank as lr
 from tests import tiny
-from tests.helpers import run
+from tests.helpers import arrays, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of Olive's own imports
 pytest.importorskip("olive", reason="olive-ai is not installed: tools/check_olive runs these tests with it")
 
 QUICK: dict[str, Any] = {"methods": "svd,spatial_svd", "align": 1, "jobs": 1}
-X = {"input": np.load(models.DIGITS_TEST)["input"][:64]}
+X = {"input": arrays(models.DIGITS_TEST)["input"][:64]}
 CPU = {
     "type": "LocalSystem",
     "accelerators": [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}],

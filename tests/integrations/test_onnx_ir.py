@@ -15,13 +15,13 @@ import models
 import onnx_lowrank as lr
 from onnx_lowrank.interop import from_proto, to_proto
 from tests import tiny
-from tests.helpers import parse, run
+from tests.helpers import arrays, parse, run
 
 ir = pytest.importorskip("onnx_ir")
 LowRankPass = pytest.importorskip("onnx_lowrank.integrations.onnx_ir").LowRankPass
 
 QUICK: dict[str, Any] = {"methods": "svd,spatial_svd", "align": 1, "jobs": 1}
-X = {"input": np.load(models.DIGITS_TEST)["input"][:8]}
+X = {"input": arrays(models.DIGITS_TEST)["input"][:8]}
 
 
 def digits() -> onnx.ModelProto:

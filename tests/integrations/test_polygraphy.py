@@ -15,7 +15,7 @@ from onnx_lowrank.data import open_data
 from onnx_lowrank.integrations.polygraphy import compare_outputs, comparer, loader
 from onnx_lowrank.types import InputSpec
 from tests import tiny
-from tests.helpers import run
+from tests.helpers import arrays, run
 
 QUICK: dict[str, Any] = {"methods": "svd,spatial_svd", "align": 1, "jobs": 1}
 X = InputSpec("x", ("N", 16), np.dtype("float32"))
@@ -117,7 +117,7 @@ def test_polygraphy_runs_models_on_our_data_and_compares_them_by_our_rule(tmp_pa
         f"load_data = loader({str(models.DIGITS_TEST)!r}, batch=4, samples=14)\n"
     )
     load_data, compare = (mod.import_from_script(str(script), name) for name in ("load_data", "compare_outputs"))
-    x = np.load(models.DIGITS_TEST)["input"][:14]
+    x = arrays(models.DIGITS_TEST)["input"][:14]
     passed = {}
     for ratio in (0.8, 0.1):
         small = lr.compress(models.DIGITS, budget={"macs": ratio}, **QUICK).model

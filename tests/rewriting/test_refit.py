@@ -12,16 +12,16 @@ import models
 import onnx_lowrank as lr
 from onnx_lowrank.rewriting.refit import refit
 from onnx_lowrank.types import Factorization
-from tests.helpers import normal, parse, run
+from tests.helpers import arrays, normal, parse, run
 
 
 def samples(count: int = 128) -> list[dict[str, np.ndarray]]:
     """Unlabelled pictures of digits."""
-    return [{"input": np.load(models.DIGITS_CALIBRATE)["input"][:count]}]
+    return [{"input": arrays(models.DIGITS_CALIBRATE)["input"][:count]}]
 
 
 def outputs(model, name: str = "input") -> np.ndarray:
-    return run(model, {name: np.load(models.DIGITS_TEST)["input"][:200]})[0]
+    return run(model, {name: arrays(models.DIGITS_TEST)["input"][:200]})[0]
 
 
 def error(model) -> float:
