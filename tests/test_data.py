@@ -275,9 +275,9 @@ def test_an_archive_that_does_not_suit_the_model_is_refused_at_once(tmp_path: Pa
         ({"x": np.full((3, 2), "a")}, "holds <U1, which cannot be cast safely"),
         ({"x": ramp(3, 2, dtype="int64")}, "holds int64, .*never guessed"),
     ]
-    for index, (arrays, message) in enumerate(cases):
+    for index, (held, message) in enumerate(cases):
         with pytest.raises(LowRankError, match=message):
-            open_data(save(tmp_path / f"{index}.npz", **arrays), X)
+            open_data(save(tmp_path / f"{index}.npz", **held), X)
     path = save(tmp_path / "unequal.npz", x=ramp(3, 2), y=ramp(4))
     with pytest.raises(LowRankError, match=r"unequal numbers of samples .*x float32 \(3, 2\), y float32 \(4,\)"):
         open_data(path, [*X, spec("y", "N")])
