@@ -246,7 +246,9 @@ def _write(arguments: argparse.Namespace, result: pipeline.Result) -> int:
     if arguments.report:
         write_page(arguments.report, result_page(result, _origin(arguments, out)))
     _print(arguments, render_report(result.report))
-    _print(arguments, [Text(f"written: {out}")], wrap=False)  # a path in two lines is no path
+    stale = not result.met and os.path.exists(arguments.out)
+    older = f"; {arguments.out} is of an earlier run" if stale else ""
+    _print(arguments, [Text(f"written: {out}{older}")], wrap=False)  # a path in two lines is no path
     return MET if result.met else UNMET
 
 

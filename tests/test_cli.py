@@ -390,7 +390,7 @@ def test_a_budget_out_of_reach_is_exit_code_1_and_the_best_is_written_beside_the
     assert (code, err) == (1, "")
     assert "macs=0.01 cannot be met" in flat(out)
     assert "not met" in out
-    assert out.endswith("written: out/small.unmet.onnx\n")
+    assert out.endswith("written: out/small.unmet.onnx; out/small.onnx is of an earlier run\n")
     assert Path("out/small.onnx").read_bytes() == b"an earlier result"
     macs, _ = tiny.count(onnx.load("out/small.unmet.onnx"), {"x": tiny.inputs(1)})
     assert macs == 16 + 24 + 24 + 10  # rank 1 everywhere
