@@ -89,11 +89,17 @@ def read_member(path: Path, header: Header) -> np.ndarray:
 
 
 def read_npz(
-    path: Path, columns: Mapping[str, Header], labels: Header | None, start: int, stop: int | None, size: int
+    path: Path,
+    columns: Mapping[str, Header],
+    labels: Header | None,
+    start: int,
+    stop: int | None,
+    size: int,
+    every: int = 1,
 ) -> Iterator[Piece]:
     """Samples of an archive; `columns`: input -> its array. A `Reader` once its first three are bound."""
     samples = min(header.shape[0] for header in columns.values())
-    bounds = list(_bounds(start, samples if stop is None else min(stop, samples), size))
+    bounds = list(_bounds(start, samples if stop is None else min(stop, samples), size, every))
     with open_archive(path) as archive:
         arrays = {name: member_rows(archive, header, bounds) for name, header in columns.items()}
         targets = None if labels is None else member_rows(archive, labels, bounds)
@@ -111,14 +117,16 @@ def map_npy(path: Path) -> np.ndarray:
         raise LowRankError(f"{path}: not a readable .npy file ({error}); write it again with numpy.save") from error
 
 
-def read_npy(path: Path, name: str, start: int, stop: int | None, size: int) -> Iterator[Piece]:
+def read_npy(path: Path, name: str, start: int, stop: int | None, size: int, every: int = 1) -> Iterator[Piece]:
     """Samples of an ``.npy`` file for the input `name`. A `Reader` once its first two are bound."""
     array = map_npy(path)
-    for first, last in _bounds(start, len(array) if stop is None else min(stop, len(array)), size):
+    for first, last in _bounds(start, len(array) if stop is None else min(stop, len(array)), size, every):
         yield Piece({name: np.array(array[first:last], order="C")}, None, last - first)
 
 
-def _bounds(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+def _bounds(start: int, stop: int, size: int, every: int) -> Iterator[tuple[int, int]]:
+    if every > 1:  # one by one
+        return ((first, first + 1) for first in range(start, stop, every))
     return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 

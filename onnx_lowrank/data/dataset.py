@@ -34,8 +34,8 @@ class Dataset:
         Number of samples in the source, None where only reading it would tell.
     labelled
         True where every sample has a label, None where not yet known.
-    start, stop
-        The part of the source that is used, in samples.
+    start, stop, every
+        The part of the source that is used, in samples, and of that one sample in so many.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Dataset:
     labelled: bool | None = None
     start: int = 0
     stop: int | None = None
+    every: int = 1
 
     @property
     def samples(self) -> int | None:
@@ -52,15 +53,16 @@ class Dataset:
         if self.available is None:
             return None
         stop = self.available if self.stop is None else min(self.stop, self.available)
-        count = max(0, stop - self.start)
+        count = -(-max(0, stop - self.start) // self.every)
         return count - count % (fixed_batch(self.inputs) or 1)
 
     def slice(self, start: int, stop: int | None = None) -> Dataset:
         """The samples from `start` to before `stop` (None: the end). A `stop` past the end is the end."""
         if start < 0 or (stop is not None and stop <= start):
             raise LowRankError(f"{self.name}: samples {start} to {stop} asked for, expected 0 <= start < stop")
-        ends = [end for end in (self.stop, None if stop is None else self.start + stop) if end is not None]
-        part = replace(self, start=self.start + start, stop=min(ends, default=None))
+        last = None if stop is None else self.start + stop * self.every
+        ends = [end for end in (self.stop, last) if end is not None]
+        part = replace(self, start=self.start + start * self.every, stop=min(ends, default=None))
         if part.samples == 0 or (part.stop is not None and part.start >= part.stop):
             held = f"{self.samples} samples" if self.samples is not None else f"less than {self.stop}"
             unit = f", taken {fixed_batch(self.inputs)} at a time" if fixed_batch(self.inputs) else ""
@@ -72,6 +74,12 @@ class Dataset:
     def take(self, count: int) -> Dataset:
         """The first `count` samples, or all where there are fewer."""
         return self.slice(0, count)
+
+    def spread(self, count: int) -> Dataset:
+        """At most `count` samples from all over: samples often stand class by class. The first, of a source of unknown length."""
+        if self.samples is None or self.samples <= count:
+            return self.take(count)
+        return replace(self, every=self.every * -(-self.samples // count))
 
     def skip(self, count: int) -> Dataset:
         """Everything but the first `count` samples."""
@@ -103,7 +111,8 @@ class Dataset:
         return self._batches(fixed_batch(self.inputs), size)
 
     def _batches(self, fixed: int | None, size: int) -> Iterator[tuple[Feeds, np.ndarray | None]]:
-        pieces = self.read(self.start, self.stop, fixed or size)
+        some = {"every": self.every} if self.every > 1 else {}
+        pieces = self.read(self.start, self.stop, fixed or size, **some)
         with closed_after(pieces):
             yield from self._conformed(pieces, fixed, size)
 
@@ -124,8 +133,8 @@ class Dataset:
                 short = piece.rows
             else:
                 yield conform(piece, self.inputs, f"{self.name}: ", position), piece.labels
-            position += piece.samples
-        if position - self.start == short:
+            position += piece.samples * self.every
+        if position - self.start == short * self.every:
             reason = f"the model takes {fixed} at a time and there are {short}" if short else "it is empty"
             hint = "; a function must give a new iterator at each call" if self.available is None else ""
             raise LowRankError(f"{self.name}: no samples: {reason}{hint}")

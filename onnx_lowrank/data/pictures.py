@@ -86,9 +86,10 @@ def read_pictures(
     start: int,
     stop: int | None,
     size: int,
+    every: int = 1,
 ) -> Iterator[Piece]:
     """Pictures to samples of the input, one by one. A `Reader` once its first three are bound."""
-    taken = pictures(start, stop, size)
+    taken = pictures(start, stop, size, every)
     with closed_after(taken):
         for where, picture, label in taken:
             try:
@@ -122,9 +123,9 @@ def _misfit(picture: np.ndarray, values: np.ndarray, spec: InputSpec, preprocess
 
 
 def _folder(
-    files: Sequence[tuple[Path, int | None]], start: int, stop: int | None, size: int
+    files: Sequence[tuple[Path, int | None]], start: int, stop: int | None, size: int, every: int
 ) -> Iterator[NamedPicture]:
-    for file, label in files[start:stop]:
+    for file, label in files[start:stop:every]:
         try:
             content = file.read_bytes()
         except OSError as error:
@@ -132,24 +133,32 @@ def _folder(
         yield str(file), decode_picture(content, str(file)), label
 
 
-def _arrays(path: Path, name: str, rows: Reader, start: int, stop: int | None, size: int) -> Iterator[NamedPicture]:
-    index, pieces = start, rows(start, stop, size)
+def _arrays(
+    path: Path, name: str, rows: Reader, start: int, stop: int | None, size: int, every: int
+) -> Iterator[NamedPicture]:
+    index, pieces = start, rows(start, stop, size, every=every)
     with closed_after(pieces):
         for piece in pieces:
             for row, picture in enumerate(piece.feeds[name]):
                 yield f"{path}: sample {index}", picture, None if piece.labels is None else piece.labels[row]
-                index += 1
+                index += every
 
 
 def _encoded(
-    path: Path, jpeg: Header, ends: np.ndarray, labels: Header | None, start: int, stop: int | None, size: int
+    path: Path,
+    jpeg: Header,
+    ends: np.ndarray,
+    labels: Header | None,
+    start: int,
+    stop: int | None,
+    size: int,
+    every: int,
 ) -> Iterator[NamedPicture]:
-    chosen = ends[start:][: None if stop is None else stop - start + 1].tolist()
+    chosen = range(start, len(ends) - 1 if stop is None else min(stop, len(ends) - 1), every)
     with open_archive(path) as archive:
-        files = member_rows(archive, jpeg, pairwise(chosen))
-        rows = ((index, index + 1) for index in range(start, start + len(chosen) - 1))
-        targets = None if labels is None else member_rows(archive, labels, rows)
-        for index, content in enumerate(files, start):
+        files = member_rows(archive, jpeg, ((int(ends[i]), int(ends[i + 1])) for i in chosen))
+        targets = None if labels is None else member_rows(archive, labels, ((i, i + 1) for i in chosen))
+        for index, content in zip(chosen, files, strict=True):
             where = f"{path}: sample {index}"
             yield where, decode_picture(content.tobytes(), where), None if targets is None else next(targets)[0]
 

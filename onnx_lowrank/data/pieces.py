@@ -31,8 +31,11 @@ class Piece:
         return 1 if self.rows is None else self.rows
 
 
-Reader: TypeAlias = Callable[[int, "int | None", int], Iterator[Piece]]
-"""``read(start, stop, size)``: the samples from `start` to `stop` (None: the end), at best `size` at a time."""
+Reader: TypeAlias = Callable[..., Iterator[Piece]]
+"""``read(start, stop, size)``: the samples from `start` to `stop` (None: the end), at best `size` at a time.
+
+One of a source of known length also takes ``every=n``: of these samples one in `n`.
+"""
 
 
 @contextmanager

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
+
+import numpy as np
 
 from onnx_lowrank.calibration.calibrate import Batch, collect, count, held_apart, together
 from onnx_lowrank.planning.run import Run
@@ -11,7 +14,7 @@ from onnx_lowrank.subject import open_config_data
 from onnx_lowrank.types import Layer, LayerStatistics
 
 CALIBRATION_SAMPLES = 2048
-"""Samples that layers are fitted on at most; a few hundred do nearly as well."""
+"""Samples that layers are fitted on at most, from all over; a few hundred do nearly as well."""
 
 BATCH, BATCH_BYTES = 64, 1 << 23
 """Samples run at a time, and bytes of their inputs: a few times as much is alive inside the network."""
@@ -48,7 +51,9 @@ class Fitting:
         shapes = subject.sample_shapes
         size = sum(item.dtype.itemsize * math.prod(shapes[item.name]) for item in subject.inputs)
         batch = max(1, min(BATCH, BATCH_BYTES // max(size, 1)))
-        return [feeds for feeds, _ in data.take(CALIBRATION_SAMPLES).batches(batch)]
+        read = list(data.spread(CALIBRATION_SAMPLES).batches(batch))
+        feeds = [feeds for feeds, _ in read]
+        return mixed(feeds, config.seed) if in_order([labels for _, labels in read]) else feeds
 
     def apart(self) -> list[Batch]:
         """Samples that nothing was fitted to."""
@@ -86,14 +91,34 @@ class Fitting:
         if feeds is None:
             return None
         alive = max((_alive(layer) for layer in self._run.subject.found.layers), default=0)
-        room, few = FITTING_BYTES, list[Batch]()
-        for batch in feeds:
-            room -= alive * count([batch])
-            if few and room < 0:
-                break
-            few.append(batch)
+        few = feeds[:: max(1, -(-alive * count(feeds) // FITTING_BYTES))]  # from all over, as `feeds` are
         self.used = count(few), count(feeds)
         return few
+
+
+def in_order(labels: Sequence[np.ndarray | None]) -> bool:
+    """Whether samples are known to stand class by class, as those of a folder for each class do."""
+    known = [part.ravel() for part in labels if part is not None and part.ndim <= 1 and part.dtype.kind in "iu"]
+    if not known or len(known) < len(labels):
+        return False
+    classes = np.concatenate(known)
+    return bool(len(classes) > 1 and (np.diff(classes) >= 0).all() and classes[0] != classes[-1])
+
+
+def mixed(feeds: Sequence[Batch], seed: int) -> list[Batch]:
+    """The same samples in an order of chance, in batches of the same sizes: some steps look at the first of them only.
+
+    Where samples have not all the same shape, as they are.
+    """
+    if len({tuple((name, value.shape[1:]) for name, value in batch.items()) for batch in feeds}) > 1:
+        return list(feeds)
+    sizes = [count([batch]) for batch in feeds]
+    if any(value.shape[:1] != (size,) for batch, size in zip(feeds, sizes, strict=True) for value in batch.values()):
+        return list(feeds)
+    places = [(batch, row) for batch, size in enumerate(sizes) for row in range(size)]
+    order = iter(np.random.default_rng(seed).permutation(len(places)))
+    taken = [[places[next(order)] for _ in range(size)] for size in sizes]
+    return [{name: np.stack([feeds[b][name][r] for b, r in some]) for name in feeds[0]} for some in taken]
 
 
 def _alive(layer: Layer) -> int:
