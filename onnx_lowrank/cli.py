@@ -310,12 +310,15 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 
 def _providers(arguments: argparse.Namespace) -> int:
-    lines = [f"{name}: {state}" for name, state in pipeline.providers(config=config_of(arguments))]
+    config = config_of(arguments)
+    found = dict(pipeline.providers(config=config))
+    lines = [f"{name}: {state}" for name, state in found.items()]
     checks = [f"--target {target.name}: {target.without}" for target in TARGETS.values() if target.without]
     others = "Any other comes with a build of ONNX Runtime, or as a library: --provider-library NAME=PATH"
     parts = [f"ONNX Runtime {runtime.version()}", *lines, others, "What can be checked without the devices:", *checks]
     _print(arguments, [Text(part) for part in parts])
-    return MET
+    asked = runtime.named(config.provider, found) or config.provider
+    return MET if found.get(asked, "").startswith("works") else UNMET
 
 
 FILES_READ = ("other", "plan_file", "target", "config", "calibrate", "evaluate", "train", "preprocess")

@@ -461,7 +461,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
     for key, value in options.items():
         if key in ("calibrate", "evaluate", "train", "metric", "loss") and ".py:" in str(value):
             raise LowRankError(f"{path}: {key} = '{value}' would execute a file: give it on the command line instead")
-    for key, what in (("provider_library", "a file"), ("cluster", "what comes from there")):
+    loaded = (
+        ("provider_library", "a file"),
+        ("provider_option", "libraries that it names"),
+        ("cluster", "what comes from there"),
+    )
+    for key, what in loaded:
         if key in options:
             raise LowRankError(f"{path}: {key} would execute {what}: give it on the command line instead")
     return options

@@ -14,6 +14,7 @@ from onnx_lowrank.candidates import Group, group_layers
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import Dataset, open_data
 from onnx_lowrank.data.feeds import first_feeds, random_feeds
+from onnx_lowrank.graph.constants import lists_all
 from onnx_lowrank.graph.datafile import is_large
 from onnx_lowrank.graph.dequantize import dequantized
 from onnx_lowrank.graph.find import Found, find_layers, model_cost, sized_tensors
@@ -140,6 +141,11 @@ def open_subject(source: Any, config: Config) -> Subject:
     if config.dequantize:
         notes += (
             "the model was brought back to floating point first: figures are beside that, `verify` tells the rest",
+        )
+    if model.proto.ir_version >= 4 and lists_all(model):
+        notes += (
+            "its weights are listed among its inputs, as older exporters do: those of the layers that are replaced cannot be "
+            "fed any more",
         )
     shapes = shapes_of(model, inputs, sizes)
     found = find_layers(model, shapes)

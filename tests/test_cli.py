@@ -552,6 +552,24 @@ def test_providers_are_those_of_this_build(run: Run) -> None:
     assert "What can be checked without the devices" in out
     assert "--target nnapi: formats (2-D convolutions" in out
     assert set(onnxruntime.get_all_providers()) <= set(re.findall(r"^(\w+):", out, re.M))
+    assert run("providers --provider nnapi")[0] == 1
+
+
+def test_what_was_written_for_mobile_builds_is_said_not_to_be_read(folder: Path, run: Run) -> None:
+    Path("small.ort").write_bytes(b"....ORTM")
+    code, out, err = run("verify model.onnx small.ort")
+    assert (code, out) == (2, "")
+    assert "small.ort is of the format for mobile builds, which is written and not read: give the .onnx model" in err
+
+
+def test_weights_among_the_inputs_are_told_of(folder: Path, run: Run) -> None:
+    model = tiny.classifier()
+    listed = [onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer]
+    model.graph.input.extend(listed)
+    tiny.save(model, Path("listed.onnx"))
+    said = "its weights are listed among its inputs, as older exporters do"
+    assert said in flat(run(f"compress listed.onnx out/small.onnx {ASKED} {QUICK}")[1])
+    assert said not in flat(run(f"compress model.onnx out/small.onnx {ASKED} {QUICK}")[1])
 
 
 def test_verify_says_what_an_own_computation_says(folder: Path, run: Run) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import onnx_lowrank as lr
 from onnx_lowrank.cli import BAD_INPUT, main
+from onnx_lowrank.config import read_config
 from onnx_lowrank.graph import limits
 from onnx_lowrank.graph.constants import read_tensor
 from onnx_lowrank.graph.model import MAX_PROTO_BYTES, load
@@ -364,6 +365,55 @@ def test_a_file_of_options_never_names_code_that_runs(
     assert said.count("\n") == 1
     assert "would execute a file: give it on the command line instead" in said
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("provider_option = ['backend_path=/tmp/evil.so']", "libraries that it names"),
+        ("provider_library = ['QNN=/tmp/evil.so']", "a file"),
+        ("cluster = 'tcp://10.0.0.1:8786'", "what comes from there"),
+    ],
+)
+def test_a_file_of_options_loads_no_library_and_joins_no_cluster(line: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(f"provider = 'qnn'\n{line}\n")
+    with pytest.raises(LowRankError, match=f"would execute {what}: give it on the command line instead"):
+        read_config(tmp_path / "c.toml")
+
+
+def test_a_name_that_is_stored_twice_is_refused() -> None:
+    model = parse("g (float[1,8] x) => (float[1,8] y) { y = MatMul (x, w) }", w=normal(8, 8))
+    model.graph.initializer.append(numpy_helper.from_array(normal(8, 8, seed=1), "w"))
+    with pytest.raises(LowRankError, match=r"^the model given stores 'w' twice: export it again$"):
+        lr.inspect(model)
+
+
+def doubling(depth: int) -> onnx.ModelProto:
+    """Functions each of which calls the one before twice."""
+    made = []
+    for i in range(depth):
+        inner, domain = ("Relu", "") if i == 0 else (f"f{i - 1}", "d")
+        nodes = [
+            helper.make_node(inner, ["a"], ["b"], domain=domain),
+            helper.make_node(inner, ["b"], ["c"], domain=domain),
+        ]
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
+        made.append(helper.make_function("d", f"f{i}", ["a"], ["c"], nodes, opsets))
+    node = helper.make_node(f"f{depth - 1}", ["x"], ["y"], domain="d")
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
+    return helper.make_model(graph, functions=made, opset_imports=opsets, ir_version=8)
+
+
+def test_functions_that_come_to_a_thousand_million_nodes_are_refused_at_once() -> None:
+    lr.inspect(doubling(5))
+    with pytest.raises(LowRankError, match="comes to more than 1,000,000 nodes once its functions are called: refused"):
+        lr.inspect(doubling(40))
+    looped = doubling(3)
+    looped.functions[0].node[0].op_type, looped.functions[0].node[0].domain = "f2", "d"
+    with pytest.raises(LowRankError, match=r"is damaged: function 'f[02]' calls itself"):
+        lr.inspect(looped)
 
 
 def test_the_same_code_runs_where_the_command_line_names_it(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from onnx_lowrank.graph.limits import check_claim, held_bytes
 from onnx_lowrank.types import LowRankError
+
+MOST_NODES = 1_000_000
+"""That functions may come to."""
 
 MAX_PROTO_BYTES = (1 << 31) - 1
 """What protobuf can serialise in one message."""
@@ -89,6 +92,10 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     if isinstance(source, onnx.ModelProto):
         return _checked(source, Path.cwd(), None, sum(map(held_bytes, stored_tensors(source))))
     path = Path(source)
+    if path.suffix == ".ort":
+        raise LowRankError(
+            f"{path} is of the format for mobile builds, which is written and not read: give the .onnx model"
+        )
     if path.is_dir():
         raise LowRankError(f"{path} is a folder: the path of an .onnx file was expected")
     if path.exists() and not path.is_file():
@@ -129,6 +136,11 @@ def _checked(proto: onnx.ModelProto, folder: Path, path: Path | None, size: int)
         )
     if any(isinstance(text, bytes) for text in _texts(proto)):
         raise LowRankError(f"{path or 'the model given'} is damaged: a name in it is not UTF-8 text; export it again")
+    for each in all_graphs(graph):
+        stored = [*(t.name for t in each.initializer), *(t.values.name for t in each.sparse_initializer)]
+        if twice := [name for name, count in Counter(stored).items() if count > 1]:
+            raise LowRankError(f"{path or 'the model given'} stores '{twice[0]}' twice: export it again")
+    _check_functions(proto, path)
     files = set()
     for tensor in stored_tensors(proto):
         check_claim(tensor, size)
@@ -136,6 +148,43 @@ def _checked(proto: onnx.ModelProto, folder: Path, path: Path | None, size: int)
             if entry.key == "location":
                 files.add(external_file(tensor.name, entry.value, folder))
     return Model(proto, folder, path, frozenset(files))
+
+
+def _check_functions(proto: onnx.ModelProto, path: Path | None) -> None:
+    """See that functions which call functions do not come to more nodes than anything could go through.
+
+    Raises
+    ------
+    LowRankError
+        Where they do, or where one calls itself.
+    """
+    functions = {(f.domain, f.name): f for f in proto.functions}
+    sizes: dict[tuple[str, str], int] = {}
+    under_way: set[tuple[str, str]] = set()
+
+    def size(nodes: Iterable[onnx.NodeProto]) -> int:
+        total = 0
+        for node in nodes:
+            key = (node.domain, node.op_type)
+            total += 1 + sum(size(graph.node) for graph in subgraphs(node))
+            if key in functions and key not in sizes:
+                if key in under_way:
+                    raise LowRankError(
+                        f"{path or 'the model given'} is damaged: function '{node.op_type}' calls itself"
+                    )
+                under_way.add(key)
+                sizes[key] = size(functions[key].node)
+            total += sizes.get(key, 0)
+        return total
+
+    try:
+        whole = size(proto.graph.node)
+    except RecursionError:
+        whole = MOST_NODES + 1
+    if functions and whole > MOST_NODES:
+        raise LowRankError(
+            f"{path or 'the model given'} comes to more than {MOST_NODES:,} nodes once its functions are called: refused"
+        )
 
 
 def external_file(tensor: str, location: str, folder: Path) -> Path:
