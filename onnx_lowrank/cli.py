@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("out", metavar="OUT", help=OUT_HELP)
     add_options(
         sub,
-        *("goal", "layers", "graph", "data", "training", "inputs", "target", "provider", "latency", "work"),
+        *("goal", "layers", "result", "graph", "data", "training", "inputs", "target", "provider", "latency", "work"),
         *("reports", "page"),
     )
 
@@ -182,7 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("plan_file", metavar="PLAN", help="plan to carry out: what --plan of compress wrote (.json)")
     sub.add_argument("out", metavar="OUT", help=OUT_HELP)
-    add_options(sub, "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports", "page")
+    add_options(
+        sub,
+        *("result", "graph", "data", "training", "inputs", "target", "provider", "latency", "work", "reports", "page"),
+    )
 
     sub = command("verify", _verify, "accuracy, latency and placement of two models, side by side")
     sub.add_argument("model", metavar="ORIGINAL", help="model to compare with (.onnx)")

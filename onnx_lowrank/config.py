@@ -101,7 +101,7 @@ class Config:
         Bring a model that is in eight bits already (QDQ) back to floating point first; figures are beside that.
     finetune, train, epochs
         ``distill`` trains the compressed graph towards the original's outputs, ``labels`` towards labels, on the samples of
-        `train` (`calibrate`, where nothing is given). None of `epochs` takes as many as make 3,000 steps.
+        `train` (for ``distill`` those of `calibrate`, where it is not given). None of `epochs` takes as many as make 3,000 steps.
     device
         What torch trains on: ``cpu``, ``cuda``...
     precision

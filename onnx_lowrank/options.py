@@ -65,7 +65,7 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             {"type": int, "metavar": "N", "help": "multiple that ranks are kept to (default: this machine's kernels)"},
         ),
     ),
-    "graph": (
+    "result": (
         (
             "--fold-batchnorm",
             {"action": "store_true", "default": None, "help": "fold BatchNormalization into convolutions at the end"},
@@ -74,6 +74,8 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             "--quantize",
             {"metavar": "KIND", "help": f"{', '.join(QUANTIZATIONS)}: INT8 (QDQ) at the end (default: none)"},
         ),
+    ),
+    "graph": (
         (
             "--dequantize",
             {"action": "store_true", "default": None, "help": "bring a quantised model (QDQ) back to floats first"},

@@ -1,4 +1,4 @@
-"""analyze, apply, compress, verify, inspect: the only file that knows the order of the stages."""
+"""analyze, apply, compress, verify, inspect, bundle, providers: the only file that knows the order of the stages."""
 
 from __future__ import annotations
 

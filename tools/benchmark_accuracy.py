@@ -1,6 +1,6 @@
 """Accuracy without labels: this tool beside other ways of choosing and making low-rank chains, at the same MACs.
 
-    python tools/benchmark_accuracy.py OUT [--data ../shared/data] [--models cifar10_resnet20 ...]
+    python -m tools.benchmark_accuracy OUT [--data ../shared/data] [--models cifar10_resnet20 ...]
 
 Every way gets the same model, the same share of MACs and no labels; none is fine-tuned. The table is printed as Markdown,
 models and results are kept in OUT, and a second run goes on where the first one stopped. Times are measured at the end, on

@@ -1,6 +1,6 @@
 """CP of the thirteen convolutions of VGG-16 at half of the operations, beside tensorly's ``parafac``.
 
-    python tools/benchmark_cp.py [--layers 0 3 5] [--cap 120] [--threads 2] [--exponents 0.5 0.5 0.5] [--linesearch]
+    python -m tools.benchmark_cp [--layers 0 3 5] [--cap 120] [--threads 2] [--exponents 0.5 0.5 0.5] [--linesearch]
 
 The kernels are Gaussian tensors whose principal directions have power-law weights. The peer runs at its defaults; "100"
 is where it stands after its default number of iterations, "equal" when it first reaches our relative error, of

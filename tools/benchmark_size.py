@@ -1,7 +1,7 @@
 """Compress models that are larger than the memory they may take: peak memory, time and validity.
 
-    python tools/benchmark_size.py --gb 4 6 --folder /tmp        # needs three times the size on the disk
-    python tools/benchmark_size.py --gb 0.5 --hidden 1024        # a quick look
+    python -m tools.benchmark_size --gb 4 6 --folder /tmp        # needs three times the size on the disk
+    python -m tools.benchmark_size --gb 0.5 --hidden 1024        # a quick look
 
 The model is made up: pairs of a Gemm (hidden -> 4 hidden, bias, Relu) and a MatMul back, with a residual Add, float32, one
 external data file. Kernels are random with singular values that fall as the root of their number, about as those of trained

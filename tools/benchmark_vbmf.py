@@ -1,7 +1,7 @@
 """Time our variational Bayesian rank against the way it is usually computed, on kernels of the size of VGG-16's.
 
-    python tools/benchmark_vbmf.py                     # 512 x 4608, power-law spectrum
-    python tools/benchmark_vbmf.py --vgg --cap 120     # and every layer of VGG-16
+    python -m tools.benchmark_vbmf                     # 512 x 4608, power-law spectrum
+    python -m tools.benchmark_vbmf --vgg --cap 120     # and every layer of VGG-16
 
 The usual way is `numpy.linalg.svd(Y)` with its default of full matrices, then a bounded minimisation over the noise
 variance (our `legacy=True`). Every measurement is a process of its own and the two ways take turns. Only the rank is
