@@ -6,12 +6,15 @@ import ast
 import graphlib
 import importlib
 import inspect
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,8 +26,6 @@ import onnx_lowrank as lr
 from onnx_lowrank import config
 from onnx_lowrank.cli import main
 from onnx_lowrank.decompositions import DECOMPOSITIONS
-from onnx_lowrank.linalg import relative_residual, tail_energy
-from onnx_lowrank.types import Chain, ConvSpec, Factorization, LayerStatistics, Rank, Stage
 from tests.helpers import arrays, run
 
 PACKAGE = Path(lr.__file__).parent
@@ -235,66 +236,44 @@ def test_what_is_public_is_there() -> None:
 # A decomposition is one file and one line
 
 
-class FirstChannels:
-    """A toy: 1x1 to the first r channels, then the kernel on those; what the others held is lost."""
+def test_a_decomposition_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = section(ROOT / "CONTRIBUTING.md", "Adding a decomposition")
+    (file,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    imported, member = re.findall(r"^\+(.*\n)", text, re.M)
+    shutil.copytree(PACKAGE, tmp_path / "onnx_lowrank")
+    folder = tmp_path / "onnx_lowrank" / "decompositions"
+    (folder / "first_channels.py").write_text(file)
+    table = (folder / "__init__.py").read_text()
+    table = table.replace("        SVD(),\n", f"        SVD(),\n{member}")
+    (folder / "__init__.py").write_text(
+        table.replace("from onnx_lowrank.types", f"{imported}from onnx_lowrank.types", 1)
+    )
+    # at its highest rank it computes what the original does
+    (tmp_path / "plan.json").write_text(
+        '{"choices": [{"layers": ["conv2"], "decomposition": "first_channels", "rank": 32}]}'
+    )
 
-    name = "first_channels"
+    def command(words: str) -> None:
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        done = [sys.executable, "-m", "onnx_lowrank", *words.split(), "--jobs", "1", "--quiet"]
+        subprocess.run(done, cwd=tmp_path, env=environment, check=True)
 
-    def refuses(self, specs: Sequence[ConvSpec]) -> str | None:
-        return None if specs[0].ndim == 2 else "it is for pictures only"
-
-    def max_rank(self, specs: Sequence[ConvSpec]) -> Rank:
-        return (specs[0].in_channels,)
-
-    def chain(self, specs: Sequence[ConvSpec], rank: Rank) -> tuple[Chain, ...]:
-        spec = specs[0]
-        return ((Stage(spec.stage(rank[0], spec.in_channels)), Stage(spec.stage(spec.out_channels, rank[0], (0, 1)))),)
-
-    def errors(
-        self, weights: Sequence[np.ndarray], ranks: Sequence[Rank], statistics: Sequence[LayerStatistics] | None = None
-    ) -> np.ndarray:
-        each = np.sqrt(np.square(weights[0]).sum(axis=(0, 2, 3)))
-        return tail_energy(each)[[rank[0] for rank in ranks]]
-
-    def estimate_rank(self, weights: Sequence[np.ndarray], estimator: Callable[[np.ndarray], int]) -> Rank:
-        return (estimator(weights[0].reshape(len(weights[0]), -1)),)
-
-    def factorize(
-        self,
-        weights: Sequence[np.ndarray],
-        rank: Rank,
-        statistics: Sequence[LayerStatistics] | None = None,
-        *,
-        rng: np.random.Generator,
-        start: Sequence[Sequence[np.ndarray]] | None = None,
-        draft: bool = False,
-    ) -> Factorization:
-        (kernel,) = weights
-        rows = kernel.reshape(len(kernel), kernel.shape[1], -1).swapaxes(0, 1).reshape(kernel.shape[1], -1)
-        chosen = np.eye(kernel.shape[1])[: rank[0]]
-        error = relative_residual(rows, chosen.T, chosen @ rows)
-        return Factorization(((chosen[:, :, None, None], kernel[:, : rank[0]].copy()),), error)
-
-
-def test_a_decomposition_is_one_line_in_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(DECOMPOSITIONS, "first_channels", FirstChannels())
-    out = tmp_path / "small.onnx"
-    line = f"compress {models.DIGITS} {out} --budget macs=0.9 --methods first_channels --align 1 --jobs 1"
-    assert main([*line.split(), "--evaluate", str(models.DIGITS_TEST)]) == 0
-    result = lr.compress(models.DIGITS, budget={"macs": 0.9}, methods="first_channels", align=1, jobs=1)
-    assert result.report.layers
-    assert all(layer.decomposition == "first_channels" for layer in result.report.layers)
-    assert "it is for pictures only" in {skip.reason for skip in result.report.skips}
-    for layer in result.report.layers:
-        choice = next(c for c in result.plan.choices if layer.name in c.layers)
-        assert choice.error == pytest.approx(layer.relative_error**2, rel=1e-6)
-    # and at its highest rank it computes what the original does
-    plan = tmp_path / "plan.json"
-    plan.write_text('{"choices": [{"layers": ["conv2"], "decomposition": "first_channels", "rank": 32}]}')
-    whole = lr.apply(models.DIGITS, plan, jobs=1)
-    assert [layer.nodes for layer in whole.report.layers] != [()]
+    command(
+        f"compress {models.DIGITS} small.onnx --budget macs=0.9 --methods first_channels --align 1 --json small.json"
+    )
+    command(f"apply {models.DIGITS} plan.json whole.onnx --json whole.json")
+    small, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("small", "whole"))
+    assert {layer["decomposition"] for layer in small["layers"]} == {"first_channels"}
+    assert "it is for pictures only" in {skip["reason"] for skip in small["skips"]}
+    assert [layer["name"] for layer in whole["layers"]] == ["conv2"]
     x = {"input": arrays(models.DIGITS_TEST)["input"][:8]}
-    np.testing.assert_allclose(run(whole.model, x)[0], run(str(models.DIGITS), x)[0], rtol=1e-4, atol=1e-4)
+    made, original = (run(str(path), x)[0] for path in (tmp_path / "whole.onnx", models.DIGITS))
+    np.testing.assert_allclose(made, original, rtol=1e-4, atol=1e-4)
+
+
+def section(document: Path, title: str) -> str:
+    """What stands under a heading."""
+    return document.read_text(encoding="utf-8").split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
 # What the documents say
