@@ -9,18 +9,24 @@ if TYPE_CHECKING:
     from onnx_lowrank import budgets, decompositions, ranks
     from onnx_lowrank.config import Config, make_config
     from onnx_lowrank.integrations.calibration import CalibrationReader
-    from onnx_lowrank.pipeline import analyze, apply, bundle, compress, inspect, verify
-    from onnx_lowrank.report.data import Report
+    from onnx_lowrank.pipeline import analyze, apply, bundle, compress, inspect, providers, verify
+    from onnx_lowrank.report.data import BudgetResult, Report
     from onnx_lowrank.report.results import Inspection, Result, Verification
+    from onnx_lowrank.rewriting.rewrite import LayerReport
     from onnx_lowrank.types import Budget, Candidate, Cost, LowRankError, Plan, Skip
+    from onnx_lowrank.verification.verify import Accuracy, Latency
 
 __all__ = [
+    "Accuracy",
     "Budget",
+    "BudgetResult",
     "CalibrationReader",
     "Candidate",
     "Config",
     "Cost",
     "Inspection",
+    "Latency",
+    "LayerReport",
     "LowRankError",
     "Plan",
     "Report",
@@ -35,6 +41,7 @@ __all__ = [
     "decompositions",
     "inspect",
     "make_config",
+    "providers",
     "ranks",
     "verify",
 ]
@@ -42,10 +49,12 @@ __all__ = [
 _PLACES = {
     "config": ("Config", "make_config"),
     "integrations.calibration": ("CalibrationReader",),
-    "pipeline": ("analyze", "apply", "bundle", "compress", "inspect", "verify"),
-    "report.data": ("Report",),
+    "pipeline": ("analyze", "apply", "bundle", "compress", "inspect", "providers", "verify"),
+    "report.data": ("BudgetResult", "Report"),
     "report.results": ("Inspection", "Result", "Verification"),
+    "rewriting.rewrite": ("LayerReport",),
     "types": ("Budget", "Candidate", "Cost", "LowRankError", "Plan", "Skip"),
+    "verification.verify": ("Accuracy", "Latency"),
 }
 """Module -> names. Each is imported when it is asked for: a process that works on layers needs numpy and scipy only."""
 
