@@ -54,7 +54,7 @@ def analyze(model: Any, *, config: Config | None = None, progress: Progress = no
     config = recipe.configure(config)
     planner = Planner(_opened(model, config), config, progress, recipe.policy(config))
     if recipe.plan is None:
-        raise LowRankError(f"recipe {config.recipe} finds its ranks while it trains or measures: use compress")
+        raise LowRankError(f"recipe {config.recipe} finds its ranks while it trains: use compress")
     return recipe.plan(planner)
 
 

@@ -40,7 +40,7 @@ RECIPES: dict[str, Recipe] = {
     "joint_svd": Recipe(joint_svd.configure, joint_svd.policy, joint_svd.search, joint_svd.plan_of),
     "vbmf_cp": Recipe(vbmf_cp.configure, vbmf_cp.policy, vbmf_cp.search),
     "orthogonal": Recipe(orthogonal.configure, orthogonal.policy, orthogonal.search),
-    "automatic_rank": Recipe(automatic_rank.configure, automatic_rank.policy, automatic_rank.search),
+    "automatic_rank": Recipe(automatic_rank.configure, automatic_rank.policy, automatic_rank.search, default.plan_of),
 }
 
 __all__ = ["RECIPES", "Recipe", "find_recipe"]
