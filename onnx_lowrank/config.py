@@ -44,6 +44,7 @@ PRECISIONS = ("float32", "bfloat16")
 
 MOST_DROP = 0.5
 """From here on a `max_drop` is taken for a mistake: the model would be ruined."""
+
 CALIBRATE = "calibrate (--calibrate DATA)"
 """What brings samples, in the words of Python and of the shell."""
 
@@ -70,8 +71,8 @@ class Config:
     budget
         Fractions of the original to stay within, 0.5 or ``"50%"``: ``macs``, ``params``, ``size`` or ``latency``.
     max_drop
-        Largest loss of the metric that is accepted, with 95 % confidence: 0.01 or ``"1%"`` for one point, less than 0.5; of ``sqnr`` and ``psnr`` the largest share of
-        noise: 0.01 is 20 dB.
+        Largest loss of the metric that is accepted, with 95 % confidence: 0.01 or ``"1%"`` for one point, less than 0.5; of
+        ``sqnr`` and ``psnr`` the largest share of noise: 0.01 is 20 dB.
     objective
         What to make small under `max_drop`.
     methods
@@ -101,7 +102,8 @@ class Config:
         Bring a model that is in eight bits already (QDQ) back to floating point first; figures are beside that.
     finetune, train, epochs
         ``distill`` trains the compressed graph towards the original's outputs, ``labels`` towards labels, on the samples of
-        `train` (for ``distill`` those of `calibrate`, where it is not given). None of `epochs` takes as many as make 3,000 steps.
+        `train` (for ``distill`` those of `calibrate`, where it is not given). None of `epochs` takes as many as make 3,000
+        steps.
     device
         What torch trains on: ``cpu``, ``cuda``...
     precision

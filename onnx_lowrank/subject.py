@@ -140,8 +140,8 @@ def open_subject(source: Any, config: Config) -> Subject:
     sizes, notes = sample_shapes(inputs, given)
     if config.dequantize:
         notes += (
-            "the model was brought back to floating point first: MACs and parameters of the original are those of that form, bytes, times "
-            "and accuracy those of the model as it was given",
+            "the model was brought back to floating point first: MACs and parameters of the original are those of that form, "
+            "bytes, times and accuracy those of the model as it was given",
         )
     if model.proto.ir_version >= 4 and lists_all(model):
         notes += (

@@ -346,8 +346,8 @@ class Candidate:
     cost
         Of the whole group.
     error
-        Predicted damage, the quantity that a budget solver adds up: by the weights alone the squared relative error of the kernels, with
-        samples what that does to the model's outputs; or the metric of `damage`.
+        Predicted damage, the quantity that a budget solver adds up: by the weights alone the squared relative error of the
+        kernels, with samples what that does to the model's outputs; or the metric of `damage`.
     """
 
     layers: tuple[str, ...]

@@ -390,9 +390,10 @@ def test_slices_are_samples_whatever_the_source(tmp_path: Path) -> None:
 def test_a_few_samples_of_many_are_from_all_over(tmp_path: Path, stored: str) -> None:
     pictures = [np.full((2, 2, 3), 20 * i, np.uint8) for i in range(11)]
     labels = np.arange(11)
-    source, inputs, config = tmp_path / "d.npz", [spec("x", "N", 3, 2, 2)], Preprocess()
+    source, inputs = tmp_path / "d.npz", [spec("x", "N", 3, 2, 2)]
+    config: Preprocess | None = Preprocess()
     if stored in ("npz", "compressed", "npy"):
-        inputs = [spec("x", "N", 12)]
+        inputs, config = [spec("x", "N", 12)], None
         rows = np.stack(pictures).reshape(11, 12).astype(np.float32)
         if stored == "npy":
             source = tmp_path / "d.npy"
@@ -407,17 +408,16 @@ def test_a_few_samples_of_many_are_from_all_over(tmp_path: Path, stored: str) ->
         source = tmp_path / "folder"
         for i, picture in enumerate(pictures):
             save_picture(source / f"{i:02}" / "only.png", picture)
-    data = open_data(source, inputs, preprocess=None if inputs[0].shape[1] == 12 else config).spread(4)
+    data = open_data(source, inputs, preprocess=config).spread(4)
     assert data.samples == 4
     for size in (1, 3, 9):
         batches = list(data.batches(size))
         first = np.concatenate([feeds["x"].reshape(len(feeds["x"]), -1)[:, 0] for feeds, _ in batches])
-        scale = 20 if inputs[0].shape[1] == 12 else 20 * Preprocess().scale
-        np.testing.assert_allclose(first / scale, [0, 3, 6, 9], atol=0.1)
+        np.testing.assert_allclose(first / 20, [0, 3, 6, 9], atol=0.1)
         if stored != "npy":
             assert np.concatenate([part for _, part in batches]).tolist() == [0, 3, 6, 9]
     assert [len(feeds["x"]) for feeds, _ in data.slice(1, 3).batches(9)] == [2]
-    everything = open_data(source, inputs, preprocess=None if inputs[0].shape[1] == 12 else config).spread(11)
+    everything = open_data(source, inputs, preprocess=config).spread(11)
     assert everything.samples == 11
 
 

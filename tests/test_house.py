@@ -355,9 +355,8 @@ def test_what_a_test_imports_from_the_package_is_there(path: Path) -> None:
                 continue  # an extra that is not installed
             for name in (alias.name for alias in node.names):
                 found = hasattr(module, name) or (hasattr(module, "__path__") and find_spec(f"{node.module}.{name}"))
-                found = found or name in Path(module.__file__ or "").read_text(
-                    encoding="utf-8"
-                )  # half imported: an extra
+                # half imported: an extra
+                found = found or name in Path(module.__file__ or "").read_text(encoding="utf-8")
                 assert found, f"{node.module} has no {name}"
 
 

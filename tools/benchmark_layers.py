@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 from pathlib import Path
 
 import numpy as np
 import onnx
 
+from models import layers
 from onnx_lowrank.candidates import Group, price
 from onnx_lowrank.config import make_config
 from onnx_lowrank.decompositions import find_decomposition, lift
@@ -31,20 +31,11 @@ LAYERS, BLOCK, OFF = 4, 16, 3
 
 
 def network(channels: int, size: int) -> onnx.ModelProto:
-    rng = np.random.default_rng(0)
-    shape = (channels, channels, 3, 3)
-    nodes, kernels = [], []
+    weights = layers.seeded(np.random.default_rng(0))
+    graph, x = layers.start("layers", (channels, size, size))
     for i in range(LAYERS):
-        kernel = rng.standard_normal(shape, dtype=np.float32) * math.sqrt(2 / math.prod(shape[1:]))
-        kernels.append(onnx.numpy_helper.from_array(kernel, f"w{i}"))
-        into, out = "x" if not i else f"y{i}", "y" if i == LAYERS - 1 else f"y{i + 1}"
-        nodes.append(onnx.helper.make_node("Conv", [into, f"w{i}"], [f"c{i}"], f"conv{i}", pads=[1] * 4))
-        nodes.append(onnx.helper.make_node("Relu", [f"c{i}"], [out], f"relu{i}"))
-    ends = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", channels, size, size]) for name in "xy"
-    ]
-    graph = onnx.helper.make_graph(nodes, "layers", ends[:1], ends[1:], kernels)
-    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+        x = graph.relu(graph.conv(x, f"conv{i}", weights, channels, 3, pad=1), f"relu{i}")
+    return layers.export(layers.finish(graph, x), "")
 
 
 def nearest(group: Group, method: str, share: float) -> Rank:
@@ -81,7 +72,7 @@ def main() -> None:
     for layer in args.layers:
         channels, size = map(int, layer.split("x"))
         pictures = np.random.default_rng(1).standard_normal((32, channels, size, size), dtype=np.float32)
-        feeds = {"x": pictures[:1]}
+        feeds = {"input": pictures[:1]}
         dense = args.out / f"{layer}.onnx"
         onnx.save(network(channels, size), dense)
         quantised = alone(dense, args.out / f"{layer}.int8.onnx", pictures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +96,7 @@ def read_npz(
     stop: int | None,
     size: int,
     every: int = 1,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Samples of an archive; `columns`: input -> its array. A `Reader` once its first three are bound."""
     samples = min(header.shape[0] for header in columns.values())
     bounds = list(_bounds(start, samples if stop is None else min(stop, samples), size, every))
@@ -117,7 +117,9 @@ def map_npy(path: Path) -> np.ndarray:
         raise LowRankError(f"{path}: not a readable .npy file ({error}); write it again with numpy.save") from error
 
 
-def read_npy(path: Path, name: str, start: int, stop: int | None, size: int, every: int = 1) -> Iterator[Piece]:
+def read_npy(
+    path: Path, name: str, start: int, stop: int | None, size: int, every: int = 1
+) -> Generator[Piece, None, None]:
     """Samples of an ``.npy`` file for the input `name`. A `Reader` once its first two are bound."""
     array = map_npy(path)
     for first, last in _bounds(start, len(array) if stop is None else min(stop, len(array)), size, every):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnx_lowrank.data.pieces import Feeds, Piece, Reader, closed_after, regroup
+from onnx_lowrank.data.pieces import Feeds, Piece, Reader, regroup
 from onnx_lowrank.types import InputSpec, LowRankError
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class Dataset:
     def _batches(self, fixed: int | None, size: int) -> Iterator[tuple[Feeds, np.ndarray | None]]:
         some = {"every": self.every} if self.every > 1 else {}
         pieces = self.read(self.start, self.stop, fixed or size, **some)
-        with closed_after(pieces):
+        with closing(pieces):
             yield from self._conformed(pieces, fixed, size)
 
     def _conformed(

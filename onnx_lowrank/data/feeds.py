@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def read_feeds(
     start: int,
     stop: int | None,
     size: int,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Samples of feeds. A `Reader` once its first three are bound; `size` is left to the regrouping."""
     pieces = (_piece(item, inputs, f"{name}: item {index}: ") for index, item in enumerate(_items(produce(), name)))
     return window(pieces, start, stop)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from onnx_lowrank.data.archives import Header, member_rows, open_archive, read_member
 from onnx_lowrank.data.dataset import Dataset, fits, input_text, shape_text
-from onnx_lowrank.data.pieces import Piece, Reader, closed_after
+from onnx_lowrank.data.pieces import Piece, Reader
 from onnx_lowrank.data.preprocess import Preprocess, apply_preprocess, decode_picture
 from onnx_lowrank.types import InputSpec, LowRankError
 
@@ -20,6 +21,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", "
 
 NamedPicture: TypeAlias = "tuple[str, np.ndarray, np.ndarray | int | None]"
 """Name for messages, uint8 pixels, label."""
+
+NamedPictures: TypeAlias = "Generator[NamedPicture, None, None]"
 
 
 def open_picture_folder(path: Path, spec: InputSpec, preprocess: Preprocess) -> Dataset:
@@ -80,17 +83,17 @@ def open_jpeg_archive(
 
 
 def read_pictures(
-    pictures: partial[Iterator[NamedPicture]],
+    pictures: partial[NamedPictures],
     spec: InputSpec,
     preprocess: Preprocess,
     start: int,
     stop: int | None,
     size: int,
     every: int = 1,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Pictures to samples of the input, one by one. A `Reader` once its first three are bound."""
     taken = pictures(start, stop, size, every)
-    with closed_after(taken):
+    with closing(taken):
         for where, picture, label in taken:
             try:
                 values = apply_preprocess(picture, preprocess)
@@ -124,7 +127,7 @@ def _misfit(picture: np.ndarray, values: np.ndarray, spec: InputSpec, preprocess
 
 def _folder(
     files: Sequence[tuple[Path, int | None]], start: int, stop: int | None, size: int, every: int
-) -> Iterator[NamedPicture]:
+) -> NamedPictures:
     for file, label in files[start:stop:every]:
         try:
             content = file.read_bytes()
@@ -133,11 +136,9 @@ def _folder(
         yield str(file), decode_picture(content, str(file)), label
 
 
-def _arrays(
-    path: Path, name: str, rows: Reader, start: int, stop: int | None, size: int, every: int
-) -> Iterator[NamedPicture]:
+def _arrays(path: Path, name: str, rows: Reader, start: int, stop: int | None, size: int, every: int) -> NamedPictures:
     index, pieces = start, rows(start, stop, size, every=every)
-    with closed_after(pieces):
+    with closing(pieces):
         for piece in pieces:
             for row, picture in enumerate(piece.feeds[name]):
                 yield f"{path}: sample {index}", picture, None if piece.labels is None else piece.labels[row]
@@ -153,7 +154,7 @@ def _encoded(
     stop: int | None,
     size: int,
     every: int,
-) -> Iterator[NamedPicture]:
+) -> NamedPictures:
     chosen = range(start, len(ends) - 1 if stop is None else min(stop, len(ends) - 1), every)
     with open_archive(path) as archive:
         files = member_rows(archive, jpeg, ((int(ends[i]), int(ends[i + 1])) for i in chosen))

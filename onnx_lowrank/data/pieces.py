@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -31,21 +30,12 @@ class Piece:
         return 1 if self.rows is None else self.rows
 
 
-Reader: TypeAlias = Callable[..., Iterator[Piece]]
+Reader: TypeAlias = Callable[..., "Generator[Piece, None, None]"]
 """``read(start, stop, size)``: the samples from `start` to `stop` (None: the end), at best `size` at a time.
 
-One of a source of known length also takes ``every=n``: of these samples one in `n`.
+One of a source of known length also takes ``every=n``: of these samples one in `n`. Whoever reads closes it, and with it what it
+has open.
 """
-
-
-@contextmanager
-def closed_after(pieces: Iterable[Any]) -> Iterator[None]:
-    """See that a generator ends with the block, and what it has open is closed, even where it was not read to its end."""
-    try:
-        yield
-    finally:
-        if isinstance(pieces, Generator):
-            pieces.close()
 
 
 def regroup(pieces: Iterable[Piece], size: int) -> Iterator[Piece]:
@@ -71,7 +61,7 @@ def regroup(pieces: Iterable[Piece], size: int) -> Iterator[Piece]:
         yield _join(pending)
 
 
-def window(pieces: Iterable[Piece], start: int, stop: int | None) -> Iterator[Piece]:
+def window(pieces: Iterable[Piece], start: int, stop: int | None) -> Generator[Piece, None, None]:
     """The samples from `start` to `stop` of a source that can only be read from its beginning."""
     position = 0
     for piece in pieces:

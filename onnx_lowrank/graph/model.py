@@ -126,21 +126,22 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
 
 
 def _checked(proto: onnx.ModelProto, folder: Path, path: Path | None, size: int) -> Model:
-    graph, version = proto.graph, proto.ir_version
+    graph, version, called = proto.graph, proto.ir_version, str(path or "the model given")
     # the operator sets come after the graph in a file, so that one cut short may lack nothing else
     whole = version and graph.output and (proto.opset_import or version < 3)
     if not whole or not (graph.node or graph.input or graph.initializer):
         raise LowRankError(
-            f"{path or 'the model given'} is not a whole ONNX model (no version, operator set, graph or outputs): "
+            f"{called} is not a whole ONNX model (no version, operator set, graph or outputs): "
             f"export or download it again"
         )
     if any(isinstance(text, bytes) for text in _texts(proto)):
-        raise LowRankError(f"{path or 'the model given'} is damaged: a name in it is not UTF-8 text; export it again")
+        raise LowRankError(f"{called} is damaged: a name in it is not UTF-8 text; export it again")
     for each in all_graphs(graph):
         stored = [*(t.name for t in each.initializer), *(t.values.name for t in each.sparse_initializer)]
         if twice := [name for name, count in Counter(stored).items() if count > 1]:
-            raise LowRankError(f"{path or 'the model given'} stores '{twice[0]}' twice: export it again")
-    _check_functions(proto, path)
+            raise LowRankError(f"{called} stores '{twice[0]}' twice: export it again")
+    if proto.functions:
+        _check_functions(proto, called)
     files = set()
     for tensor in stored_tensors(proto):
         check_claim(tensor, size)
@@ -150,7 +151,7 @@ def _checked(proto: onnx.ModelProto, folder: Path, path: Path | None, size: int)
     return Model(proto, folder, path, frozenset(files))
 
 
-def _check_functions(proto: onnx.ModelProto, path: Path | None) -> None:
+def _check_functions(proto: onnx.ModelProto, called: str) -> None:
     """See that functions which call functions do not come to more nodes than anything could go through.
 
     Raises
@@ -169,9 +170,7 @@ def _check_functions(proto: onnx.ModelProto, path: Path | None) -> None:
             total += 1 + sum(size(graph.node) for graph in subgraphs(node))
             if key in functions and key not in sizes:
                 if key in under_way:
-                    raise LowRankError(
-                        f"{path or 'the model given'} is damaged: function '{node.op_type}' calls itself"
-                    )
+                    raise LowRankError(f"{called} is damaged: function '{node.op_type}' calls itself")
                 under_way.add(key)
                 sizes[key] = size(functions[key].node)
             total += sizes.get(key, 0)
@@ -181,10 +180,8 @@ def _check_functions(proto: onnx.ModelProto, path: Path | None) -> None:
         whole = size(proto.graph.node)
     except RecursionError:
         whole = MOST_NODES + 1
-    if functions and whole > MOST_NODES:
-        raise LowRankError(
-            f"{path or 'the model given'} comes to more than {MOST_NODES:,} nodes once its functions are called: refused"
-        )
+    if whole > MOST_NODES:
+        raise LowRankError(f"{called} comes to more than {MOST_NODES:,} nodes once its functions are called: refused")
 
 
 def external_file(tensor: str, location: str, folder: Path) -> Path:

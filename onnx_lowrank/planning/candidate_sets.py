@@ -138,7 +138,7 @@ class CandidateSets:
             group,
             *(methods, seen, run.block, most, levels, run.target.formats.refuses),
             size=group.dense.cost.params,
-            key=(methods_key(*methods), seen, run.block, most, levels, run.target_key),
+            key=(methods_key(*methods), seen, run.block, most, levels, run.target.formats),
         )
 
     def _methods(self, index: int, group: Group) -> tuple[str, ...]:

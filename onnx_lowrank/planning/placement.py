@@ -43,7 +43,8 @@ class Placement:
         reasons = {
             choice: reason
             for choice in plan.choices
-            if not choice.dense and (reason := refused(group_of(choice.layers, groups), choice, self._target.refuses))
+            if not choice.dense
+            and (reason := refused(group_of(choice.layers, groups), choice, self._target.formats.refuses))
         }
         plan = self._without(plan, reasons, dense)
         changed = [choice for choice in plan.choices if not choice.dense]

@@ -287,7 +287,7 @@ class Planner(Run):
                     group,
                     *(alone, estimator, self.block, self.target.formats.refuses),
                     size=group.dense.cost.params,
-                    key=(methods_key(*alone), known, self.block, self.target_key),
+                    key=(methods_key(*alone), known, self.block, self.target.formats),
                 )
                 for group in self.subject.groups
             ],

@@ -56,11 +56,6 @@ class Run:
         """Multiple that ranks are kept to."""
         return self.config.align or self.target.block or block_size()
 
-    @property
-    def target_key(self) -> tuple[Any, ...]:
-        """All that :meth:`Target.refuses` goes by."""
-        return self.target.name, self.target.spatial
-
     def for_each_group(
         self, function: Callable[[tuple[Any, ...]], Outcome], tasks: Sequence[Task[tuple[Any, ...]]]
     ) -> list[Outcome]:

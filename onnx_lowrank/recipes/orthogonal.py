@@ -76,7 +76,7 @@ def search(planner: Planner, bench: Bench) -> Attempt:
         group.names[0]: choice
         for group in groups
         if (choice := _full(group, config.methods[0], before.values))
-        and not refused(group, choice, planner.target.refuses)
+        and not refused(group, choice, planner.target.formats.refuses)
     }
     if not choices:
         raise LowRankError("recipe orthogonal: the model has no plain convolution to factorise")

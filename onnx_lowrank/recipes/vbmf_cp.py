@@ -113,7 +113,7 @@ def _eligible(group: Group, planner: Planner) -> bool:
     if not is_spatial_convolution(group) or lift.refuses(decomposition, specs):
         return False
     widest = price(group, METHOD, lift.max_rank(decomposition, specs), math.nan)
-    return refused(group, widest, planner.target.refuses) is None
+    return refused(group, widest, planner.target.formats.refuses) is None
 
 
 def _choice(group: Group, rank: int) -> Candidate | None:

@@ -145,9 +145,8 @@ def render_inspection(view: Inspection) -> Iterator[Renderable]:
         "layer", "op", "kernel", "MACs", "params", "at half cost", f"{view.error_of}\nerror", numbers=(3, 4, 6)
     )
     alone = {skip.layer for skip in view.skips}
-    shown = [
-        layer for layer in view.layers if layer.half or layer.name not in alone
-    ]  # the others are told with their reason
+    # those left alone are told with their reasons
+    shown = [layer for layer in view.layers if layer.half or layer.name not in alone]
     for layer in shown:
         half = layer.half
         could = f"{half.decomposition} {show_rank(half.rank)}" if half else "nothing to gain"

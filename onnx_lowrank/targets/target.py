@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from onnx_lowrank.candidates import Formats
 from onnx_lowrank.runtime import OpList
 from onnx_lowrank.targets.measured import Results
-from onnx_lowrank.types import Chain, Layer
 
 ANY = (0, 1, 2, 3)
 
@@ -56,7 +55,3 @@ class Target:
     def formats(self) -> Formats:
         """The part of it that work on layers needs, wherever that is done."""
         return Formats(self.name, self.spatial)
-
-    def refuses(self, layer: Layer, chain: Chain) -> str | None:
-        """Why a chain in the place of a layer would leave what the target takes; None where it does not."""
-        return self.formats.refuses(layer, chain)

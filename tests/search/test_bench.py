@@ -20,7 +20,7 @@ from onnx_lowrank.search.bench import open_bench
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import LowRankError, no_progress
 from tests import tiny
-from tests.helpers import run
+from tests.helpers import arrays, run
 
 
 def planner(model: Any = None, **options: Any) -> Planner:
@@ -174,8 +174,7 @@ def test_a_fixed_batch_is_kept() -> None:
 
 
 def test_where_fits_to_samples_do_worse_on_others_the_weights_alone_are_taken_and_said_to_be() -> None:
-    with np.load(models.DIGITS.with_name("digits_calibrate.npz")) as file:
-        pictures = file["input"][:128]
+    pictures = arrays(models.DIGITS_CALIBRATE)["input"][:128]
     alike = pictures.copy()
     alike[np.arange(len(pictures)) % HELD_OUT != HELD_OUT - 1] = pictures[0]
     made = {}
