@@ -50,6 +50,14 @@ def test_samples_that_stand_class_by_class_are_mixed(in_order: Path, monkeypatch
         assert sorted(np.concatenate(batches)) == sorted(held["labels"])
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [([0, 0, 1, 1], True), ([0, 10, 10, 2, 2], True), ([0, 1, 0, 1], False), ([3, 3, 3], False), ([], False)],
+)
+def test_classes_stand_one_by_one_in_whatever_order_they_are(labels: list[int], expected: bool) -> None:
+    assert fitting.in_order([np.array(labels[:2], int), np.array(labels[2:], int)]) is expected
+
+
 def test_samples_in_another_order_stay_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = arrays(models.DIGITS_TEST)
     held["input"][:, 0, 0, 0] = held["labels"]
