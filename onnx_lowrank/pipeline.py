@@ -232,7 +232,7 @@ def bundle(
 def providers(*, config: Config | None = None, **options: Any) -> tuple[tuple[str, str], ...]:
     """Execution providers that this build of ONNX Runtime has a name for, and what each does on this machine.
 
-    Those of a library, and the one that options are given for, are tried in a process of their own.
+    All but the CPU's are tried in a process of their own.
     """
     config = configured(config, options)
     model, feeds = probe_model()
@@ -244,7 +244,7 @@ def providers(*, config: Config | None = None, **options: Any) -> tuple[tuple[st
     for name in dict.fromkeys([*runtime.available_providers(), *apart, *([wanted] if config.accelerated else [])]):
         options_of = asked if name == wanted else ()
         settings = RunSettings(name, libraries=libraries if name in apart else (), options=options_of)
-        try_it = runtime.probe_apart if name in apart or settings.options else runtime.probe
+        try_it = runtime.probe if name == runtime.CPU else runtime.probe_apart
         found[name] = try_it(settings, model, feeds)
     return tuple({**found, **{name: why for name, why in missing.items() if name not in found}}.items())
 

@@ -19,7 +19,7 @@ from onnx_lowrank.graph.datafile import is_large
 from onnx_lowrank.graph.dequantize import dequantized
 from onnx_lowrank.graph.find import Found, find_layers, model_cost, sized_tensors
 from onnx_lowrank.graph.limits import check_shapes
-from onnx_lowrank.graph.model import Model, load, serialize
+from onnx_lowrank.graph.model import Model, all_graphs, load, serialize
 from onnx_lowrank.graph.sections import Section, sections
 from onnx_lowrank.graph.shapes import Shapes, infer, model_inputs, sample_shapes, with_outputs
 from onnx_lowrank.interop import to_proto
@@ -170,14 +170,15 @@ def open_subject(source: Any, config: Config) -> Subject:
 
 
 def check_patterns(subject: Subject, config: Config) -> None:
-    """See that each pattern of layers' names is one of some node: a mistake in it would go unnoticed.
+    """See that each pattern of layers' names is one of some node, in a body too: a mistake in it would go unnoticed.
 
     Raises
     ------
     LowRankError
         Where one matches nothing.
     """
-    names = [node.name for node in subject.model.graph.node] + [layer.name for layer in subject.found.layers]
+    names = [node.name for graph in all_graphs(subject.model.graph) for node in graph.node]
+    names += [layer.name for layer in subject.found.layers]
     for option, patterns in (("include", config.include), ("exclude", config.exclude)):
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):

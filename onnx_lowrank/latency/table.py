@@ -36,10 +36,11 @@ from onnx_lowrank.latency.pricing import Point, StandIns, points_of, priced, pri
 from onnx_lowrank.latency.timings import Place, Timings
 from onnx_lowrank.quantize import as_quantized
 from onnx_lowrank.runtime import (
+    AnySession,
     Profile,
     RunSettings,
-    Session,
     Timing,
+    open_session,
     processor,
     profile_nodes,
     time_pair,
@@ -95,7 +96,7 @@ class _Bench:
             given = folder / "original.onnx"
             save(model, given)
         self.path = given
-        self.reference = Session(given, settings)
+        self.reference = open_session(given, settings)
         self.reference.check_times()
 
     def write(self, model: Model) -> Path:
@@ -224,7 +225,7 @@ class LatencyTable:
         """A model as it is going to be run."""
         return as_quantized(model, self._subject.sample_shapes, self._beginning) if self._quantize else model
 
-    def _timing(self, bench: _Bench, other: Session) -> Timing:
+    def _timing(self, bench: _Bench, other: AnySession) -> Timing:
         """The model of a bench and another one in turn."""
         return time_pair(bench.reference, other, self._feeds, rounds=CHECK_ROUNDS, seconds=CHECK_SECONDS)
 
@@ -276,7 +277,7 @@ class LatencyTable:
         path = bench.write(deployed)
         profile, ratio = bench.profile(path), math.nan
         if whole:
-            ratio = 1 / self._timing(bench, Session(path, self._settings)).speedup
+            ratio = 1 / self._timing(bench, open_session(path, self._settings)).speedup
             self._account(profile, ratio)
         owned = owners(deployed, self._own_nodes | nodes, profile.optimized)
         times = self._times(profile, owned)

@@ -1,6 +1,6 @@
 """Engines: ONNX Runtime with its providers, sessions, times and tools for mobile targets, and MNN. The only importer of both."""
 
-from onnx_lowrank.runtime.apart import probe_apart
+from onnx_lowrank.runtime.apart import AnySession, SessionApart, open_session, probe_apart, profile_nodes, time_pair
 from onnx_lowrank.runtime.machine import block_size, processor
 from onnx_lowrank.runtime.mnn import NAME as MNN
 from onnx_lowrank.runtime.mnn import MNNSession, disagreement, mnn_version, require_mnn
@@ -16,13 +16,14 @@ from onnx_lowrank.runtime.providers import (
     version,
 )
 from onnx_lowrank.runtime.session import OPTIMIZED, WEIGHTS, Feeds, RunSettings, Session, probe, tensor_shapes
-from onnx_lowrank.runtime.timing import Profile, Timing, profile_nodes, time_pair, typical
+from onnx_lowrank.runtime.timing import Profile, Timing, typical
 
 __all__ = [
     "CPU",
     "MNN",
     "OPTIMIZED",
     "WEIGHTS",
+    "AnySession",
     "Feeds",
     "MNNSession",
     "OpList",
@@ -30,6 +31,7 @@ __all__ = [
     "Profile",
     "RunSettings",
     "Session",
+    "SessionApart",
     "Timing",
     "available_providers",
     "block_size",
@@ -41,6 +43,7 @@ __all__ = [
     "mnn_version",
     "named",
     "needs",
+    "open_session",
     "probe",
     "probe_apart",
     "processor",

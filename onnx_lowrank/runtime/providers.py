@@ -41,9 +41,6 @@ SIMULATED = ("QNNExecutionProvider",)
 _libraries: dict[str, str] = {}
 """Libraries registered in this process."""
 
-_options: dict[str, dict[str, str]] = {}
-"""Options that a provider of a library was first used with: it keeps them as long as the process lasts."""
-
 
 def available_providers() -> tuple[str, ...]:
     """Execution providers in this build of ONNX Runtime, and registered ones: names, not yet a proof that they work."""
@@ -135,16 +132,10 @@ def use_provider(options: ort.SessionOptions, name: str, given: Mapping[str, str
     Raises
     ------
     LowRankError
-        Where a provider of a library was used with other options in this process, or has no device here.
+        Where a provider of a library has no device here.
     """
     if name not in _libraries:
         return {"providers": [CPU] if name == CPU else [(name, dict(given)), CPU]}
-    first = _options.setdefault(name, dict(given))
-    if first != dict(given):
-        raise LowRankError(
-            f"{name} was used with {show_options(first)} in this process and keeps that: {show_options(given)} needs a "
-            f"process of its own"
-        )
     devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if not devices:
         raise LowRankError(f"execution provider {name} finds no device here{needs(name)}")
@@ -153,17 +144,6 @@ def use_provider(options: ort.SessionOptions, name: str, given: Mapping[str, str
     devices.sort(key=lambda d: next((i for i, kind in enumerate(order) if str(d.device.type).endswith(kind)), 3))
     options.add_provider_for_devices(devices[:1], dict(given))
     return {}
-
-
-def show_options(options: Mapping[str, str]) -> str:
-    """Options as people write them.
-
-    Examples
-    --------
-    >>> show_options({"backend_type": "htp"})
-    'backend_type=htp'
-    """
-    return ", ".join(f"{key}={value}" for key, value in options.items()) or "no options"
 
 
 def fell_back(provider: str, placement: Mapping[str, int]) -> str:

@@ -11,7 +11,17 @@ from typing import Protocol
 import numpy as np
 import onnxruntime as ort
 
-from onnx_lowrank.runtime.providers import CPU, fell_back, find_provider, needs, one_line, simulated, use_provider
+from onnx_lowrank.runtime.providers import (
+    CPU,
+    fell_back,
+    find_provider,
+    known_providers,
+    named,
+    needs,
+    one_line,
+    simulated,
+    use_provider,
+)
 from onnx_lowrank.types import LowRankError
 
 Feeds = Mapping[str, np.ndarray]
@@ -52,11 +62,45 @@ class RunSettings:
 
     @property
     def provider_name(self) -> str:
-        """Full name of the provider; see :func:`~onnx_lowrank.runtime.providers.find_provider`."""
-        return find_provider(self.provider, self.libraries)
+        """Full name of the provider, where ONNX Runtime has a name for it."""
+        return named(self.provider, known_providers()) or self.provider
 
 
-class Session:
+class Placed:
+    """What can be said of a session once it is known where its nodes are."""
+
+    provider: str
+    """Full name of what it was opened for."""
+
+    @property
+    def placement(self) -> dict[str, int]:
+        """How many nodes each provider runs; empty where that is not known."""
+        raise NotImplementedError
+
+    @property
+    def fallback(self) -> str:
+        """What is to be said of nodes that the provider asked for does not run; empty where it runs all."""
+        return fell_back(self.provider, self.placement)
+
+    @property
+    def runs_there(self) -> bool:
+        """Whether the session says that the provider asked for runs something: only then a time is one of it."""
+        return self.provider == CPU or self.placement.get(self.provider, 0) > 0
+
+    def check_times(self) -> None:
+        """See that times of this session are those of the provider asked for, on its device.
+
+        Raises
+        ------
+        LowRankError
+            Where the CPU runs everything, or a simulator does.
+        """
+        why = simulated(self.provider) or ("" if self.runs_there else f"{self.fallback}{needs(self.provider)}")
+        if why:
+            raise LowRankError(f"the latency asked for cannot be measured: {why}; give a budget on macs or params")
+
+
+class Session(Placed):
     """A model ready to run."""
 
     def __init__(
@@ -93,7 +137,7 @@ class Session:
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "64")
         for axis, size in settings.sizes:
             options.add_free_dimension_override_by_name(axis, size)
-        self.provider = settings.provider_name
+        self.provider = find_provider(settings.provider, settings.libraries)
         source = str(model) if isinstance(model, Path) else model
         try:
             chosen = use_provider(options, self.provider, dict(settings.options))
@@ -141,28 +185,6 @@ class Session:
         for part in self._session.get_provider_graph_assignment_info():
             count[part.ep_name] = count.get(part.ep_name, 0) + len(part.get_nodes())
         return count
-
-    @property
-    def fallback(self) -> str:
-        """What is to be said of nodes that the provider asked for does not run; empty where it runs all."""
-        return fell_back(self.provider, self.placement)
-
-    @property
-    def runs_there(self) -> bool:
-        """Whether the session says that the provider asked for runs something: only then a time is one of it."""
-        return self.provider == CPU or self.placement.get(self.provider, 0) > 0
-
-    def check_times(self) -> None:
-        """See that times of this session are those of the provider asked for, on its device.
-
-        Raises
-        ------
-        LowRankError
-            Where the CPU runs everything, or a simulator does.
-        """
-        why = simulated(self.provider) or ("" if self.runs_there else f"{self.fallback}{needs(self.provider)}")
-        if why:
-            raise LowRankError(f"the latency asked for cannot be measured: {why}; give a budget on macs or params")
 
     @property
     def _where(self) -> str:

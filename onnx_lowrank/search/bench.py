@@ -32,7 +32,7 @@ from onnx_lowrank.quantize import Choice, choose, measure_ranges, prepared
 from onnx_lowrank.quantize.rounding import rounding_of
 from onnx_lowrank.report.data import Size, Step, TargetResult
 from onnx_lowrank.rewriting.rewrite import LayerReport
-from onnx_lowrank.runtime import RunSettings, Session, time_pair
+from onnx_lowrank.runtime import RunSettings, Session, open_session, time_pair
 from onnx_lowrank.subject import open_config_data, shapes_of
 from onnx_lowrank.targets import Target
 from onnx_lowrank.types import LowRankError, Plan
@@ -126,7 +126,7 @@ class Bench:
         self._in_parts = is_large(subject.model) and not _needs_whole(config, planner.target)
         first = self._open(self._path)
         check_outputs(first.run(subject.feeds(self._batch)))
-        if config.needs_latency and isinstance(first, Session):
+        if config.needs_latency and not isinstance(first, PartSession):
             first.check_times()
         del first
         self._engine = planner.engine
@@ -166,7 +166,7 @@ class Bench:
 
     def _open(self, path: Path) -> Runnable:
         """A model ready to run, in parts where it is not to be in memory."""
-        return PartSession(load(path), self._settings) if self._in_parts else Session(path, self._settings)
+        return PartSession(load(path), self._settings) if self._in_parts else open_session(path, self._settings)
 
     @property
     def _session(self) -> Runnable:

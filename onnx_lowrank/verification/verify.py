@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import stats
 
-from onnx_lowrank.runtime import Feeds, MNNSession, RunSettings, Session, needs, time_pair
+from onnx_lowrank.runtime import AnySession, Feeds, MNNSession, RunSettings, needs, time_pair
 from onnx_lowrank.types import LowRankError
 from onnx_lowrank.verification.metrics import (
     DECIBELS,
@@ -37,7 +37,7 @@ FEWEST_GUESSES = 20
 Batches = Iterable[tuple[Feeds, "np.ndarray | None"]]
 
 
-Runnable = Session | PartSession
+Runnable = AnySession | PartSession
 """A model on ONNX Runtime, whole or in parts."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from onnx_lowrank.candidates import group_layers, price
 from onnx_lowrank.decompositions import find_decomposition, lift
@@ -13,81 +13,7 @@ from onnx_lowrank.graph.model import load, tensor_names
 from onnx_lowrank.graph.splice import Replacement, splice
 from onnx_lowrank.types import LowRankError
 from tests.helpers import Rewritten, assert_same_function, decompose, feeds_of, find, half, normal, parse, stored
-
-RICH = """g (float[N,4,6,6] x, bool c) => (float[N,6,6,6] y, float[N,6,6,6] z) {
-    ["before"] a = Relu (x)
-    ["conv"] b = Conv <pads=[1,1,1,1]> (a, w, bias)
-    ["after"] d = Relu (b)
-    ["other"] e = Conv <pads=[1,1,1,1]> (d, v)
-    ["choice"] f = If (c) <
-        then_branch = then () => (float[n,k,h,w] p) <float[1] inner = {2}> { ["in_then"] p = Conv <pads=[1,1,1,1]> (e, v) },
-        else_branch = else () => (float[n,k,h,w] q) { ["in_else"] q = Mul (e, e) }
-    >
-    ["called"] y = local.twice (f)
-    ["end"] z = Neg (d)
-}"""
-
-
-def rich() -> onnx.ModelProto:
-    """A model with something in every field that tools are known to lose."""
-    model = parse(RICH, w=normal(6, 4, 3, 3), bias=normal(6), v=normal(6, 6, 3, 3))
-    graph = model.graph
-    body = [helper.make_node("Add", ["i", "i"], ["o"], name="in_function", doc_string="doubles")]
-    model.functions.append(helper.make_function("local", "twice", ["i"], ["o"], body, model.opset_import))
-    model.functions[0].doc_string = "twice"
-    model.opset_import.append(helper.make_opsetid("local", 1))
-    model.opset_import.append(helper.make_opsetid("unused.domain", 7))
-    model.producer_name, model.producer_version, model.domain = "us", "1.0", "some.where"
-    model.model_version, model.doc_string = 42, "a model"
-    graph.doc_string = "a graph"
-    for number, message in enumerate([model, graph, model.functions[0], *graph.node, *graph.initializer, *graph.input]):
-        message.metadata_props.add(key="key", value=str(number))
-    for node in graph.node:
-        node.doc_string = f"node {node.name}"
-    graph.node[0].attribute.append(helper.make_attribute("not_utf8", b"\xff\xfe"))
-    graph.node[0].attribute[-1].doc_string = "an attribute"
-    graph.input[0].type.denotation = "IMAGE"
-    graph.input[0].type.tensor_type.shape.dim[0].denotation = "DATA_BATCH"
-    graph.input[0].doc_string = "pictures"
-    for name in ("a", "b", "d", "e", "f"):
-        shape = ["N", 4 if name == "a" else 6, 6, 6]
-        graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape, doc_string=name))
-    for tensor in graph.initializer:
-        tensor.doc_string = f"tensor {tensor.name}"
-        graph.value_info.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        note = graph.quantization_annotation.add(tensor_name=tensor.name)
-        note.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="scale")
-    graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "scale"))
-    graph.initializer.append(numpy_helper.from_array(np.array(["a", "b"], object), "unread_strings"))
-    values = helper.make_tensor("sparse", TensorProto.FLOAT, [1], [3.0])
-    indices = helper.make_tensor("sparse_indices", TensorProto.INT64, [1], [1])
-    graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [5]))
-    training = model.training_info.add()
-    training.algorithm.node.append(helper.make_node("Identity", ["bias"], ["new_bias"], name="train"))
-    training.algorithm.output.append(helper.make_tensor_value_info("new_bias", TensorProto.FLOAT, [6]))
-    training.update_binding.add(key="bias", value="new_bias")
-    return model
-
-
-def untouched(model: onnx.ModelProto, layer: str) -> dict[str, object]:
-    """Every field of a model as bytes, without the nodes of a layer, its kernels and all that is said about those."""
-
-    def others(values: object, name: str) -> list[bytes]:
-        gone = (layer, "w", f"{layer}_lowrank_0", f"{layer}_lowrank_1", "w_lowrank_0", "w_lowrank_1", "w_lowrank_2")
-        return [v.SerializeToString() for v in values if getattr(v, name) not in gone]  # type: ignore[attr-defined]
-
-    graph = model.graph
-    fields: dict[str, object] = {
-        "node": others(graph.node, "name"),
-        "initializer": others(graph.initializer, "name"),
-        "value_info": others(graph.value_info, "name"),
-        "quantization_annotation": others(graph.quantization_annotation, "tensor_name"),
-    }
-    rest = onnx.ModelProto()
-    rest.CopyFrom(model)
-    for name in fields:
-        rest.graph.ClearField(name)
-    return fields | {"everything else": rest.SerializeToString()}
+from tests.rich import rich, untouched
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +49,7 @@ def test_the_comparison_of_bytes_fails_where_order_or_a_description_is_lost(
 ) -> None:
     for change in (
         lambda graph: graph.node[0].ClearField("doc_string"),
-        lambda graph: graph.node[0].attribute[0].ClearField("doc_string"),
+        lambda graph: graph.node[-2].attribute[0].ClearField("doc_string"),
         lambda graph: graph.input[0].type.ClearField("denotation"),
         lambda graph: graph.initializer.reverse(),
         lambda graph: graph.node.reverse(),
@@ -145,17 +71,9 @@ def test_the_original_is_not_changed_and_a_plan_of_nothing_changes_nothing() -> 
 
 
 def test_the_rich_model_still_runs_and_agrees(original: onnx.ModelProto, rewritten: Rewritten) -> None:
-    def plain(model: onnx.ModelProto) -> onnx.ModelProto:
-        # what ONNX Runtime does not take: it is there for its bytes only
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        copy.ClearField("training_info")
-        copy.graph.node[0].ClearField("attribute")
-        return copy
-
     for choice in (True, False):
         feeds = feeds_of(original, x=(2, 4, 6, 6)) | {"c": np.array(choice)}
-        assert_same_function(plain(rewritten.model), plain(original), feeds)
+        assert_same_function(rewritten.model, original, feeds)
 
 
 # --- the new nodes ---------------------------------------------------------------------------------------------------
@@ -163,8 +81,7 @@ def test_the_rich_model_still_runs_and_agrees(original: onnx.ModelProto, rewritt
 
 def test_new_nodes_stand_together_where_the_old_one_stood(rewritten: Rewritten) -> None:
     names = [node.name for node in rewritten.model.graph.node]
-    expected = ["before", "conv_lowrank_0", "conv_lowrank_1", "conv", "after", "other", "choice", "called", "end"]
-    assert names == expected
+    assert names[:6] == ["before", "conv_lowrank_0", "conv_lowrank_1", "conv", "after", "other"]
 
 
 def test_the_last_new_node_keeps_the_name_the_output_and_the_bias(rewritten: Rewritten) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
-import subprocess
+import os
+import signal
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 from rich.console import Console
@@ -73,11 +78,36 @@ class Imitation:
         return [SimpleNamespace(ep_name=k, get_nodes=lambda v=v: v) for k, v in parts.items() if v]
 
 
+class HostedHere:
+    """In the place of a process: a thread of this one, which imitations reach."""
+
+    def __init__(self) -> None:
+        (asked, asks), (answered, answers) = os.pipe(), os.pipe()
+        self.stdin, self.stdout = os.fdopen(asks, "wb"), os.fdopen(answered, "rb")
+
+        def serve() -> None:
+            with os.fdopen(asked, "rb") as requests, os.fdopen(answers, "wb") as back:
+                apart.serve(requests, back)
+
+        threading.Thread(target=serve, daemon=True).start()
+
+    def poll(self) -> None:
+        return None
+
+    def kill(self) -> None:
+        pass
+
+    def wait(self) -> int:
+        return 0
+
+
 @pytest.fixture
 def nnapi(monkeypatch: pytest.MonkeyPatch) -> type[Imitation]:
     """A build of ONNX Runtime that has NNAPI."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [NNAPI, CPU])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Imitation)
+    monkeypatch.setattr(apart, "start", HostedHere)
+    monkeypatch.setattr(apart, "_hosts", weakref.WeakValueDictionary())
     monkeypatch.setattr(Imitation, "fails", "")
     monkeypatch.setattr(Imitation, "takes", staticmethod(lambda count: count))
     return Imitation
@@ -211,7 +241,6 @@ def plugin(monkeypatch: Any) -> list[Any]:
     """A library of a provider Foo with two devices; what sessions ask for is written down."""
     asked: list[Any] = []
     monkeypatch.setattr(providers, "_libraries", {})
-    monkeypatch.setattr(providers, "_options", {})
     have = [CPU]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(have))
     monkeypatch.setattr(onnxruntime, "register_execution_provider_library", lambda name, path: have.append(name))
@@ -238,16 +267,6 @@ def test_a_provider_of_a_library_runs_on_its_most_special_device(plugin: list[An
     assert not session.runs_there, "the session says CPU"
 
 
-def test_options_that_stick_for_the_process_are_not_changed_in_silence(plugin: list[Any]) -> None:
-    model = tiny.classifier().SerializeToString()
-    Session(model, foo(a="1"))
-    Session(model, foo(a="1"))
-    with pytest.raises(
-        LowRankError, match="used with a=1 in this process and keeps that: a=2 needs a process of its own"
-    ):
-        Session(model, foo(a="2"))
-
-
 def test_a_library_that_cannot_be_loaded_is_one_line() -> None:
     with pytest.raises(
         LowRankError, match=r"^/nowhere.so cannot be loaded as the library of execution provider Foo: "
@@ -268,9 +287,45 @@ def test_a_trial_in_a_process_of_its_own_says_the_same() -> None:
     assert runtime.probe_apart(RunSettings(), *pipeline.probe_model()) == "works"
 
 
-def test_a_crash_ends_with_the_process_of_the_trial(monkeypatch: Any) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=-11))
-    assert apart.probe_apart(RunSettings(), b"", {}) == "does not work: its process ended with code -11"
+def test_a_session_in_a_process_of_its_own_is_as_one_here() -> None:
+    model, feeds = tiny.classifier().SerializeToString(), {"x": tiny.inputs(3)}
+    here, there = Session(model), apart.Host("foo").ask(Session, model)
+    assert (there.provider, there.outputs, there.placement) == (here.provider, here.outputs, here.placement)
+    assert there.runs_there
+    for mine, theirs in zip(here.run(feeds), there.run(feeds), strict=True):
+        assert np.array_equal(mine, theirs)
+    with pytest.raises(LowRankError, match="the model does not run on inputs x"):
+        there.run({"x": np.zeros((1, 3), np.float32)})
+    other = there.host.ask(Session, model)
+    assert len(runtime.time_pair(there, other, feeds, rounds=12).first_ms) == 12
+
+
+def test_a_process_ends_with_its_last_session_and_forgets_the_others_before() -> None:
+    model = tiny.classifier().SerializeToString()
+    host = apart.Host("foo")
+    process, first, second = host._process, host.ask(Session, model), host.ask(Session, model)
+    assert (first.number, second.number) == (0, 1)
+    del first
+    gc.collect()
+    assert second.run({"x": tiny.inputs(1)})
+    gone = apart.SessionApart(host, 0, "foo", (), {})
+    with pytest.raises(LowRankError, match="foo or its driver crashed"):
+        gone.run({"x": tiny.inputs(1)})
+    del host, second, gone
+    gc.collect()
+    assert process.poll() is not None
+
+
+def test_a_crash_ends_with_its_process() -> None:
+    host = apart.Host("foo")
+    with pytest.raises(LowRankError, match=r"^foo or its driver crashed: its process ended with code -6$"):
+        host.ask(os.abort)
+    assert not host.alive
+
+
+def test_a_trial_without_an_answer_is_ended() -> None:
+    with pytest.raises(LowRankError, match="its process gave no answer in 1 seconds"):
+        apart.Host("foo").ask(signal.pause, limit=1)
 
 
 def test_the_list_tries_what_is_there_and_says_what_the_rest_takes(monkeypatch: Any) -> None:
@@ -278,7 +333,8 @@ def test_the_list_tries_what_is_there_and_says_what_the_rest_takes(monkeypatch: 
     monkeypatch.setattr(runtime, "probe_apart", lambda settings, *rest: tried.append(settings) or "works")
     found = dict(lr.pipeline.providers(provider="foo", provider_option="a=1", provider_library="Foo=foo.so"))
     assert found["CPUExecutionProvider"] == found["Foo"] == "works"
-    assert [(s.provider, s.options, s.libraries) for s in tried] == [("Foo", (("a", "1"),), (("Foo", "foo.so"),))]
+    assert CPU not in [s.provider for s in tried], "the CPU needs no process of its own"
+    assert [(s.options, s.libraries) for s in tried if s.provider == "Foo"] == [((("a", "1"),), (("Foo", "foo.so"),))]
     assert found[NNAPI] == "not in this build; it needs an Android device and the onnxruntime-android package"
 
 
