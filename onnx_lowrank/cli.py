@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "providers", _providers, "the execution providers of this build of ONNX Runtime, and which of them work here"
     )
-    add_options(sub, "provider")
+    add_options(sub, "provider", "reports")
 
     sub = command("cache", _cache, "what is kept of earlier runs, so that nothing is done twice")
     sub.add_argument("--clear", action="store_true", help="remove all of it")
@@ -314,7 +314,11 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 def _providers(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
+    if arguments.json:
+        check_destination(Path(arguments.json), None)
     found = dict(pipeline.providers(config=config))
+    if arguments.json:
+        _write_json(arguments.json, {"onnxruntime": runtime.version(), "providers": found})
     lines = [f"{name}: {state}" for name, state in found.items()]
     checks = [f"--target {target.name}: {target.without}" for target in TARGETS.values() if target.without]
     others = "Any other comes with a build of ONNX Runtime, or as a library: --provider-library NAME=PATH"

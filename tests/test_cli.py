@@ -555,6 +555,16 @@ def test_providers_are_those_of_this_build(run: Run) -> None:
     assert run("providers --provider nnapi")[0] == 1
 
 
+def test_providers_are_written_for_pipelines(run: Run, tmp_path: Path) -> None:
+    run(f"providers --json {tmp_path}/providers.json")
+    written = json.loads((tmp_path / "providers.json").read_text())
+    assert written["onnxruntime"] == onnxruntime.__version__
+    assert written["providers"]["CPUExecutionProvider"] == "works"
+    code, _, err = run(f"providers --json {tmp_path}/none/providers.json")
+    assert code == 2
+    assert "does not exist" in err
+
+
 def test_what_was_written_for_mobile_builds_is_said_not_to_be_read(folder: Path, run: Run) -> None:
     Path("small.ort").write_bytes(b"....ORTM")
     code, out, err = run("verify model.onnx small.ort")
