@@ -185,7 +185,11 @@ def writes_to_the_terminal(tree: ast.AST) -> bool:
     for node in nodes:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
             return True
-        if isinstance(node, ast.Attribute) and node not in flushed and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
+        if (
+            isinstance(node, ast.Attribute)
+            and node not in flushed
+            and ast.unparse(node) in ("sys.stdout", "sys.stderr")
+        ):
             return True
     return any(module == "rich.console" for module in imports(tree))
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from onnx_lowrank.cache import environment
 from onnx_lowrank.types import LowRankError
+from onnx_lowrank.work.memory import give_back_memory, keep_freed_memory
 from onnx_lowrank.work.tasks import Task, on_one_thread
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def _there(
     wanted: dict[str, str],
 ) -> tuple[str, Any]:
     """On a worker: what came of a task, and what that is."""
+    keep_freed_memory()
     if difference := _difference(wanted, environment()):
         return UNLIKE, f"a worker has {difference}"
     try:
@@ -105,6 +107,8 @@ def _there(
         return MADE, on_one_thread(function, given)
     except LowRankError as error:
         return RAISED, error
+    finally:
+        give_back_memory()
 
 
 def _its_environment() -> dict[str, str]:
