@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -68,6 +69,7 @@ class Host:
         self._process = start()
         assert self._process.stdin and self._process.stdout
         self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._one_at_a_time = threading.Lock()
         self.forgotten: list[int] = []
         weakref.finalize(self, _end, self._process)
 
@@ -89,14 +91,21 @@ class Host:
         LowRankError
             As `function` does; where the process ends meanwhile.
         """
+        with self._one_at_a_time:
+            failed, value = self._ask((function, arguments, named), limit)
+        if failed:
+            raise value
+        return value
+
+    def _ask(self, asked: tuple[Any, ...], limit: float | None) -> tuple[bool, Any]:
         forgotten, self.forgotten[:] = list(self.forgotten), []
         watch = threading.Timer(limit or 0, self._process.kill)
         if limit:
             watch.start()
         try:
-            _Sender(self._requests).dump((forgotten, function, arguments, named))
+            _Sender(self._requests).dump((forgotten, *asked))
             self._requests.flush()
-            failed, value = _Receiver(self._answers, self).load()
+            answer: tuple[bool, Any] = _Receiver(self._answers, self).load()
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             late = watch.finished.is_set()
             why = f"gave no answer in {limit:.0f} seconds" if late else f"ended with code {self._process.wait()}"
@@ -106,9 +115,7 @@ class Host:
             raise
         finally:
             watch.cancel()
-        if failed:
-            raise value
-        return value
+        return answer
 
 
 _hosts: weakref.WeakValueDictionary[object, Host] = weakref.WeakValueDictionary()
@@ -232,7 +239,9 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 
 def start() -> subprocess.Popen[bytes]:
     """A process that serves."""
-    command = [sys.executable, "-m", __name__]
+    # not by -m, which would let a file of the current folder stand for a library
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()"
+    command = [sys.executable, "-c", code]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
@@ -246,10 +255,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     """The process of a host: answers go where standard output was, and what providers print there goes nowhere."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asked ends this process
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     serve(sys.stdin.buffer, answers)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -321,6 +322,13 @@ def test_a_crash_ends_with_its_process() -> None:
     with pytest.raises(LowRankError, match=r"^foo or its driver crashed: its process ended with code -6$"):
         host.ask(os.abort)
     assert not host.alive
+
+
+def test_a_file_of_the_current_folder_does_not_stand_for_a_library(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "onnx.py").write_text("raise SystemExit(1)")
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    assert apart.Host("foo").ask(os.getcwd) == str(tmp_path)
 
 
 def test_a_trial_without_an_answer_is_ended() -> None:
