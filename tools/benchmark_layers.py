@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", nargs="+", default=["16x32", "32x16", "64x8", "64x32", "256x16"])
-    parser.add_argument("--methods", nargs="+", default=["cp3", "spatial_svd", "tucker2", "svd"])
+    parser.add_argument("--methods", nargs="+", default=["cp3", "spatial_svd", "tucker2", "channel_svd"])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.3])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
