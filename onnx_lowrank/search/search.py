@@ -96,6 +96,7 @@ def within_budgets(planner: Planner, bench: Bench) -> Attempt:
         if not missed or unknown or any("cannot be met" in note for note in attempt.plan.notes):
             break
         for result in missed:
+            logger.info("%s: asked %.4g, reached %.4g, planned again", result.metric, result.asked, result.reached)
             counted, tried = planner.counts(result.metric), ratios[result.metric]
             if counted == result.metric:  # the plan was timed whole, and yet came out otherwise: ask for that much less
                 wanted = tried * SLACK * result.asked / result.reached
