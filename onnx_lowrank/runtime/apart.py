@@ -13,7 +13,9 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
@@ -29,6 +31,12 @@ from onnx_lowrank.types import LowRankError
 
 SECONDS = 300
 """Longest time that a trial may take: simulators of devices compile slowly."""
+
+WATCH_SECONDS = 1.0
+"""How often a process looks whether the one that started it is still there."""
+
+READY = b"onnx-lowrank listens\n"
+"""What a process says when it can be asked."""
 
 
 class SessionApart(Placed):
@@ -57,6 +65,15 @@ class SessionApart(Placed):
         return values
 
 
+def python(code: str) -> list[str]:
+    """Command that runs code in another Python, with libraries from where this one has them.
+
+    By ``-m`` or a plain ``-c`` a file of the current folder could stand for one.
+    """
+    paths = list(map(str, sys.path))
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {paths!r}; {code}"]
+
+
 AnySession = Session | SessionApart
 """A whole model on ONNX Runtime, here or in a process of its own."""
 
@@ -66,12 +83,16 @@ class Host:
 
     def __init__(self, provider: str) -> None:
         self._provider = provider
-        self._process = start()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - it goes with the process
+        self._process = start(self._said)
         assert self._process.stdin and self._process.stdout
         self._requests, self._answers = self._process.stdin, self._process.stdout
+        for line in iter(self._answers.readline, b""):  # a library may print before anything here is asked
+            if line.endswith(READY):
+                break
         self._one_at_a_time = threading.Lock()
         self.forgotten: list[int] = []
-        weakref.finalize(self, _end, self._process)
+        weakref.finalize(self, _end, self._process, self._said)
 
     @property
     def alive(self) -> bool:
@@ -94,8 +115,20 @@ class Host:
         with self._one_at_a_time:
             failed, value = self._ask((function, arguments, named), limit)
         if failed:
-            raise value
+            try:
+                raise value
+            finally:
+                del value, self  # which the error would hold on to, and with it the process
         return value
+
+    @property
+    def _last_words(self) -> str:
+        """The last line that the process wrote, for a message."""
+        self._said.seek(0, os.SEEK_END)
+        self._said.seek(max(0, self._said.tell() - 4096))
+        lines = self._said.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f" ({last[:200]})" if last else ""
 
     def _ask(self, asked: tuple[Any, ...], limit: float | None) -> tuple[bool, Any]:
         forgotten, self.forgotten[:] = list(self.forgotten), []
@@ -103,13 +136,17 @@ class Host:
         if limit:
             watch.start()
         try:
-            _Sender(self._requests).dump((forgotten, *asked))
+            _Sender(self._requests, self).dump((forgotten, *asked))
             self._requests.flush()
             answer: tuple[bool, Any] = _Receiver(self._answers, self).load()
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             late = watch.finished.is_set()
+            if not isinstance(error, (EOFError, OSError)):
+                self._process.kill()
             why = f"gave no answer in {limit:.0f} seconds" if late else f"ended with code {self._process.wait()}"
-            raise LowRankError(f"{self._provider} or its driver crashed: its process {why}") from error
+            raise LowRankError(
+                f"{self._provider} or its driver crashed: its process {why}{self._last_words}"
+            ) from error
         except BaseException:  # half an answer is on its way
             self._process.kill()
             raise
@@ -174,8 +211,16 @@ def profile_nodes(
 class _Sender(pickle.Pickler):
     """Sends the number of a session in its place."""
 
+    def __init__(self, stream: IO[bytes], host: Host) -> None:
+        super().__init__(stream)
+        self._host = host
+
     def persistent_id(self, value: object) -> object:
-        return value.number if isinstance(value, SessionApart) else None
+        if not isinstance(value, SessionApart):
+            return None
+        if value.host is not self._host:
+            raise ValueError("sessions of two processes cannot be used together")
+        return value.number
 
 
 class _Receiver(pickle.Unpickler):
@@ -237,25 +282,34 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         del answer, arguments
 
 
-def start() -> subprocess.Popen[bytes]:
-    """A process that serves."""
-    # not by -m, which would let a file of the current folder stand for a library
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()"
-    command = [sys.executable, "-c", code]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def start(said: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A process that serves; what it or its libraries print goes to a file."""
+    command = python(f"from {__name__} import main; main()")
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
     process.kill()
     process.wait()
+    said.close()
     for pipe in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):  # what was still to be sent
             pipe.close()  # type: ignore[union-attr]
 
 
 def main() -> None:
-    """The process of a host: answers go where standard output was, and what providers print there goes nowhere."""
+    """The process of a host: answers go where standard output was, and what is printed there goes to the file from now on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asked ends this process
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    answers.write(READY)
+    answers.flush()
     serve(sys.stdin.buffer, answers)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent does, which may be killed while something is computed here."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)

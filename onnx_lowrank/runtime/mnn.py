@@ -12,7 +12,6 @@ import ctypes
 import importlib
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from onnx_lowrank.runtime.apart import python
 from onnx_lowrank.runtime.providers import one_line
 from onnx_lowrank.types import LowRankError
 
@@ -152,7 +152,7 @@ def disagreement(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -
 
 def _convert(model: Path, out: Path) -> None:
     words = ["-f", "ONNX", "--modelFile", str(model.resolve()), "--MNNModel", str(out), "--bizCode", "onnx_lowrank"]
-    command, log = [sys.executable, "-c", CONVERT, "mnnconvert", *words], out.with_suffix(".log")
+    command, log = [*python(CONVERT), "mnnconvert", *words], out.with_suffix(".log")
     try:
         with open(log, "wb") as file:
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=SECONDS, check=False)

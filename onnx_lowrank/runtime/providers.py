@@ -93,7 +93,7 @@ def find_provider(wanted: str, libraries: Iterable[tuple[str, str]] = ()) -> str
         _register(name, path)
     plugin = named(wanted, PLUGINS)
     if plugin and not named(wanted, available_providers()) and plugin in installed_plugins():
-        _register(plugin, str(importlib.import_module(PLUGINS[plugin]).get_library_path()))
+        _register(plugin, _library_of(PLUGINS[plugin]))
     have = available_providers()
     found = named(wanted, have)
     if found is None:
@@ -103,6 +103,14 @@ def find_provider(wanted: str, libraries: Iterable[tuple[str, str]] = ()) -> str
             + (needs(known) if known else "")
         )
     return found
+
+
+def _library_of(package: str) -> str:
+    """Path of the library in a provider's package."""
+    try:
+        return str(importlib.import_module(package).get_library_path())
+    except Exception as error:  # whatever its initialisation does
+        raise LowRankError(f"package {package} is installed and cannot be used: {one_line(error)}") from error
 
 
 def named(wanted: str, names: Iterable[str]) -> str | None:

@@ -148,8 +148,11 @@ class Session(Placed):
         except LowRankError:
             raise
         except Exception as error:  # onnxruntime raises types of its own, one for each status
+            wanting = (
+                "" if settings.options else needs(self.provider)
+            )  # with options it was set up by somebody who knows
             raise LowRankError(
-                f"ONNX Runtime cannot load the model{self._where}: {one_line(error)}{needs(self.provider)}"
+                f"ONNX Runtime cannot load the model{self._where}: {one_line(error)}{wanting}"
             ) from error
         self.outputs = tuple(o.name for o in self._session.get_outputs())
 

@@ -82,12 +82,14 @@ class Imitation:
 class HostedHere:
     """In the place of a process: a thread of this one, which imitations reach."""
 
-    def __init__(self) -> None:
+    def __init__(self, said: Any) -> None:
         (asked, asks), (answered, answers) = os.pipe(), os.pipe()
         self.stdin, self.stdout = os.fdopen(asks, "wb"), os.fdopen(answered, "rb")
 
         def serve() -> None:
             with os.fdopen(asked, "rb") as requests, os.fdopen(answers, "wb") as back:
+                back.write(apart.READY)
+                back.flush()
                 apart.serve(requests, back)
 
         threading.Thread(target=serve, daemon=True).start()
@@ -329,6 +331,49 @@ def test_a_file_of_the_current_folder_does_not_stand_for_a_library(tmp_path: Pat
     (tmp_path / "onnx.py").write_text("raise SystemExit(1)")
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])
     assert apart.Host("foo").ask(os.getcwd) == str(tmp_path)
+
+
+def test_what_a_library_prints_is_no_answer(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('hello')\nimport os\nos.write(1, b'there')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    host = apart.Host("foo")
+    assert host.ask(print, "more") is None
+    assert host.ask(os.getppid) == os.getpid()
+
+
+def test_last_words_are_told() -> None:
+    with pytest.raises(LowRankError, match=r"ended with code 3 \(no such backend\)$"):
+        apart.Host("foo").ask(exec, "import os; os.write(2, b'no such backend\\n'); os._exit(3)")
+
+
+def test_a_process_goes_with_the_error_that_it_returned() -> None:
+    host = apart.Host("foo")
+    process = host._process
+    gc.disable()
+    try:
+        with pytest.raises(LowRankError, match="cannot load"):
+            host.ask(Session, b"no model")
+        del host
+        assert process.poll() is not None
+    finally:
+        gc.enable()
+
+
+def test_sessions_of_two_processes_are_not_mixed_up() -> None:
+    model = tiny.classifier().SerializeToString()
+    first, second = (apart.Host("foo").ask(Session, model) for _ in range(2))
+    with pytest.raises(ValueError, match="sessions of two processes"):
+        runtime.time_pair(first, second, {"x": tiny.inputs(1)})
+
+
+def test_a_package_that_cannot_be_imported_is_one_line(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "onnxruntime_qnn.py").write_text("raise OSError('a library is missing')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = dict(lr.pipeline.providers())
+    expected = "does not work: package onnxruntime_qnn is installed and cannot be used: a library is missing"
+    assert found["QNNExecutionProvider"] == expected
+    with pytest.raises(LowRankError, match="package onnxruntime_qnn is installed and cannot be used"):
+        lr.verify(tiny.classifier(), tiny.classifier(), provider="qnn")
 
 
 def test_a_trial_without_an_answer_is_ended() -> None:
