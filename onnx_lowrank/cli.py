@@ -39,7 +39,8 @@ from onnx_lowrank.report.page import (
     write_page,
 )
 from onnx_lowrank.report.text import render_inspection, render_report, render_verification
-from onnx_lowrank.targets import TARGETS
+from onnx_lowrank.runtime.ort_format import SUFFIX as ORT
+from onnx_lowrank.targets import TARGETS, find_target
 from onnx_lowrank.types import LowRankError
 
 MET, UNMET, BAD_INPUT = 0, 1, 2
@@ -222,6 +223,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _compress(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
+    _check_format(arguments.out, config)
     _check_files(arguments, config, arguments.out, _unmet(arguments.out), *_written(arguments))
     with _progress(arguments) as progress:
         result = pipeline.compress(arguments.model, config=config, progress=progress, details=bool(arguments.report))
@@ -230,6 +232,7 @@ def _compress(arguments: argparse.Namespace) -> int:
 
 def _apply(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
+    _check_format(arguments.out, config)
     _check_files(arguments, config, arguments.out, _unmet(arguments.out), *_written(arguments))
     with _progress(arguments) as progress:
         result = pipeline.apply(
@@ -314,8 +317,8 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 def _providers(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
-    if arguments.json:
-        check_destination(Path(arguments.json), None)
+    arguments.model = ""
+    _check_files(arguments, config, arguments.json)
     found = dict(pipeline.providers(config=config))
     if arguments.json:
         _write_json(arguments.json, {"onnxruntime": runtime.version(), "providers": found})
@@ -329,6 +332,18 @@ def _providers(arguments: argparse.Namespace) -> int:
 
 
 FILES_READ = ("other", "plan_file", "target", "config", "calibrate", "evaluate", "train", "preprocess")
+
+
+def _check_format(out: str, config: Config) -> None:
+    """See before the work that what was asked for can be had in the format of mobile builds, where that is written."""
+    if Path(out).suffix != ORT:
+        return
+    if any(budget.metric == "size" for budget in config.budget):
+        raise LowRankError(f"{out}: bytes of the .ort format are known once it is written: give a budget on params")
+    if config.quantize != "none" and find_target(config.target).compiled:
+        raise LowRankError(
+            f"{out}: ONNX Runtime cannot bring models in eight bits into the .ort format for {config.target}: write .onnx"
+        )
 
 
 def _check_files(arguments: argparse.Namespace, config: Config, *files: str | None) -> None:
@@ -348,9 +363,18 @@ def _write_json(path: str, data: dict[str, Any]) -> None:
     write_whole(Path(path), [(json.dumps(data, indent=1) + "\n").encode()])
 
 
+class _Console(Console):
+    """Whoever reads may stop before the end (``| head``): what was done, and the exit code, stay."""
+
+    def on_broken_pipe(self) -> None:
+        """Print no more."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _print(arguments: argparse.Namespace, parts: Iterable[Any], *, wrap: bool = True) -> None:
     if not arguments.quiet:
-        console = Console(highlight=False, emoji=False)
+        console = _Console(highlight=False, emoji=False)
         if not console.is_terminal:
             console.width = UNBROKEN
         for part in parts:

@@ -239,7 +239,11 @@ def providers(*, config: Config | None = None, **options: Any) -> tuple[tuple[st
     libraries, asked = tuple(config.provider_library.items()), tuple(config.provider_option.items())
     missing = {name: f"not in this build{runtime.needs(name)}" for name in runtime.known_providers()}
     apart = dict.fromkeys([*runtime.installed_plugins(), *config.provider_library])
-    wanted = runtime.named(config.provider, [*missing, *apart]) or config.provider
+    wanted = runtime.named(config.provider, [*missing, *apart])
+    if wanted is None:
+        raise LowRankError(
+            f"execution provider '{config.provider}' is not known: one of {', '.join(missing)} was expected"
+        )
     found: dict[str, str] = {}
     for name in dict.fromkeys([*runtime.available_providers(), *apart, *([wanted] if config.accelerated else [])]):
         options_of = asked if name == wanted else ()

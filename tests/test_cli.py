@@ -565,6 +565,54 @@ def test_providers_are_written_for_pipelines(run: Run, tmp_path: Path) -> None:
     assert "does not exist" in err
 
 
+def test_providers_write_over_nothing_that_is_read_and_know_their_names(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "p.toml"
+    config.write_text('provider = "cpu"')
+    code, _, err = run(f"providers --config {config} --json {config}")
+    assert code == 2
+    assert "is a file that was given" in err
+    assert config.read_text() == 'provider = "cpu"'
+    code, _, err = run("providers --provider nosuch")
+    assert code == 2
+    assert "execution provider 'nosuch' is not known: one of " in err
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("--budget size=0.7", "bytes of the .ort format are known once it is written: give a budget on params"),
+        (
+            f"{ASKED} --quantize int8 --calibrate samples.npz --target nnapi",
+            "cannot bring models in eight bits into the .ort",
+        ),
+    ],
+)
+def test_what_cannot_be_had_for_mobile_builds_is_refused_before_the_work(
+    folder: Path, run: Run, options: str, why: str
+) -> None:
+    code, _, err = run(f"compress model.onnx small.ort {options}")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert why in err
+    assert not Path("small.ort").exists()
+
+
+def test_a_target_that_takes_no_eight_bits_is_told_before_the_work(folder: Path, run: Run) -> None:
+    np.savez("samples.npz", x=tiny.inputs(8))
+    code, _, err = run("compress model.onnx small.onnx --quantize int8 --calibrate samples.npz --target coreml")
+    assert code == 2
+    assert "target coreml takes no nodes in eight bits: leave out quantize int8" in err
+
+
+def test_whoever_reads_the_output_may_stop_before_its_end(folder: Path) -> None:
+    line = f"{sys.executable} -m onnx_lowrank compress model.onnx small.onnx {ASKED} {QUICK}"
+    process = subprocess.Popen(line.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    assert Path("small.onnx").exists()
+
+
 def test_what_was_written_for_mobile_builds_is_said_not_to_be_read(folder: Path, run: Run) -> None:
     Path("small.ort").write_bytes(b"....ORTM")
     code, out, err = run("verify model.onnx small.ort")

@@ -51,11 +51,20 @@ class Dataset:
     @property
     def samples(self) -> int | None:
         """Number of samples that `batches` yields; None where only reading the source would tell."""
+        count = self._count
+        return None if count is None else count - self.left_out
+
+    @property
+    def left_out(self) -> int:
+        """Samples at the end that fill no batch, where a fixed number is taken at a time; 0 where only reading would tell."""
+        return (self._count or 0) % (fixed_batch(self.inputs) or 1)
+
+    @property
+    def _count(self) -> int | None:
         if self.available is None:
             return None
         stop = self.available if self.stop is None else min(self.stop, self.available)
-        count = -(-max(0, stop - self.start) // self.every)
-        return count - count % (fixed_batch(self.inputs) or 1)
+        return -(-max(0, stop - self.start) // self.every)
 
     def slice(self, start: int, stop: int | None = None) -> Dataset:
         """The samples from `start` to before `stop` (None: the end). A `stop` past the end is the end."""

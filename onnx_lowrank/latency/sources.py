@@ -33,6 +33,13 @@ def check_target(subject: Subject, config: Config, target: Target) -> None:
             f"{config.target} was measured of another model, or for inputs of other sizes ({target.results.name}): "
             f"make a bundle of this one"
         )
+    if target.results and target.results.batch != config.batch_size:
+        raise LowRankError(
+            f"{config.target} was measured on batches of {target.results.batch}, and batch_size {config.batch_size} was given: "
+            f"the same was expected"
+        )
+    if config.quantize != "none" and not target.eight_bits:
+        raise LowRankError(f"target {target.name} takes no nodes in eight bits: leave out quantize {config.quantize}")
     if (target.engine or target.results) and config.quantize != "none" and config.needs_latency:
         raise LowRankError(
             f"target {target.name} is timed in floating point, and quantize {config.quantize} was given: give a budget on "

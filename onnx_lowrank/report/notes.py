@@ -33,6 +33,10 @@ def on_target(planner: Planner, results: Sequence[TargetResult]) -> tuple[str, .
         notes.append("run `bench.py --pair ORIGINAL RESULT` on the device to measure what is predicted here")
     if not planner.timed_on_target:
         notes.append(f"times are those of {provider} on this machine, and say nothing of {target.name}")
+        if planner.config.quantize != "none":
+            notes.append(
+                f"which layers stay in floating point, and signs, were chosen by times of {provider} on this machine"
+            )
     return tuple(notes)
 
 

@@ -105,10 +105,10 @@ class Model:
         return time.perf_counter() - start
 
 
-def check_placed(model: Model, args: argparse.Namespace) -> None:
+def check_placed(model: Model, args: argparse.Namespace, which: str = "original") -> None:
     """See that the provider runs a part of a model at least, where the session says."""
     if args.provider != CPU and model.placement and not model.placement.get(args.provider):
-        raise Refused(f"{args.provider} runs nothing of the original: all is on {', '.join(model.placement)}")
+        raise Refused(f"{args.provider} runs nothing of the {which}: all is on {', '.join(model.placement)}")
 
 
 def compared(first: Model, second: Model, feeds: dict[str, np.ndarray], args: argparse.Namespace) -> dict[str, Any]:
@@ -157,6 +157,7 @@ def pair(args: argparse.Namespace) -> int:
     except Exception as error:  # onnxruntime raises types of its own, one for each status
         raise Refused(str(error).splitlines()[0]) from error
     check_placed(first, args)
+    check_placed(second, args, "result")
     kinds = {
         "tensor(float)": "float32",
         "tensor(float16)": "float16",
@@ -204,7 +205,9 @@ def bundle(args: argparse.Namespace) -> int:
             continue
         entry = dict(model)
         try:
-            entry |= compared(original, Model(args.bundle / model["file"], args), feeds, args)
+            other = Model(args.bundle / model["file"], args)
+            check_placed(other, args, "model")
+            entry |= compared(original, other, feeds, args)
             said = f"{entry['ratio']:.3f} ({entry['low_95']:.3f} to {entry['high_95']:.3f}) of the original"
         except Exception as error:
             entry["error"] = said = str(error).splitlines()[0]

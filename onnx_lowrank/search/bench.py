@@ -141,6 +141,10 @@ class Bench:
                 "no data was given: outputs were compared on random inputs, which says little about accuracy; "
                 "give --evaluate DATA",
             )
+        if self._data is not None and self._data.left_out:
+            self.notes += (
+                f"the last {self._data.left_out} samples of {self._data.name} fill no batch and were left out",
+            )
         if self._in_parts:
             self.notes += (IN_PARTS,)
         self._metric = _metric(config)

@@ -19,6 +19,7 @@ TARGET = Target(
         stored={"Conv": (2,), "ConvTranspose": (1, 2), "Gemm": (1,)},
         most_axes=5,
     ),
+    eight_bits=False,  # its list has neither QuantizeLinear nor DequantizeLinear
     compiled=True,
     without="formats (1-D and 2-D convolutions, stored weights), and the parts before and after by ONNX Runtime's list of operators",
 )

@@ -54,8 +54,10 @@ class Results:
         Provider, machine and so on, in words.
     original_ms
         Of the original there.
+    batch
+        Samples of a run.
     missing
-        Models of the bundle that were not timed.
+        Models of the bundle that were not timed, or not on the provider.
     """
 
     model: str
@@ -64,6 +66,7 @@ class Results:
     align: int
     where: str
     original_ms: float
+    batch: int
     models: tuple[MeasuredModel, ...]
     missing: int
 
@@ -89,8 +92,11 @@ def read_results(path: Path) -> Results:
     if data.get("format") != FORMAT:
         raise LowRankError(f"{path} is of format {data.get('format')!r}: {FORMAT} was expected, make a new bundle")
     try:
-        models = tuple(_model(entry) for entry in data["timed"] if "ratio" in entry)
         place: Mapping[str, Any] = data["environment"]
+        timed = [entry for entry in data["timed"] if "ratio" in entry]
+        # a time of the CPU is not one of the provider
+        there = [entry for entry in timed if _ran(entry.get("placement"), place["provider"])]
+        models = tuple(_model(entry) for entry in there if _ran(data.get("placement"), place["provider"]))
         where = f"{place['provider']}, {place['processor']}, {place['threads']} thread(s), ONNX Runtime {place['onnxruntime']}"
         results = Results(
             str(data["model"]),
@@ -99,6 +105,7 @@ def read_results(path: Path) -> Results:
             operator.index(data["align"]),
             where,
             _time(data["original_ms"]),
+            operator.index(data["batch"]),
             models,
             operator.index(data["models"]) - len(models),
         )
@@ -106,9 +113,18 @@ def read_results(path: Path) -> Results:
         raise LowRankError(
             f"{path} is damaged ({problem!r}): results of a bundle's bench.py were expected"
         ) from problem
+    if timed and not models:
+        raise LowRankError(
+            f"{path}: {place['provider']} ran nothing of the models there: times of another are no times of it"
+        )
     if not models:
         raise LowRankError(f"{path} holds no time yet: let bench.py run on")
     return results
+
+
+def _ran(placement: Mapping[str, int] | None, provider: str) -> bool:
+    """Whether a provider ran a node, as far as the session said where they run."""
+    return not placement or placement.get(provider, 0) > 0
 
 
 def _model(entry: Mapping[str, Any]) -> MeasuredModel:

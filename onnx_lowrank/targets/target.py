@@ -29,6 +29,8 @@ class Target:
         Channels to which ranks are aligned; None takes those of this machine's kernels.
     ops
         The operators that it takes, where its parts can be told without it.
+    eight_bits
+        Whether it takes models in QDQ form.
     compiled
         Whether it compiles the parts that it takes, so that a border between two costs a copy.
     engine
@@ -46,6 +48,7 @@ class Target:
     )
     block: int | None = None
     ops: OpList | None = None
+    eight_bits: bool = True
     compiled: bool = False
     engine: bool = False
     results: Results | None = None

@@ -21,6 +21,7 @@ import onnx_lowrank as lr
 from onnx_lowrank.cli import main
 from onnx_lowrank.latency import probes
 from onnx_lowrank.report.text import render_report
+from onnx_lowrank.targets import read_results
 from onnx_lowrank.types import LowRankError
 from tests import tiny
 from tests.helpers import normal
@@ -264,6 +265,33 @@ def test_damaged_results_are_one_line(bundle: Path, tmp_path: Path, change: dict
     out.write_text(json.dumps(data))
     with pytest.raises(LowRankError, match="is damaged"):
         lr.analyze(tmp_path / "model.onnx", budget={"latency": 0.5}, target=str(out))
+
+
+def test_times_of_what_the_provider_did_not_run_are_none_of_it(bundle: Path, tmp_path: Path) -> None:
+    module, out = script(bundle), tmp_path / "phone.json"
+    made_up(module, lambda number: 0.5)
+    assert module.main(["--out", str(out)]) == 0
+    data = json.loads(out.read_text())
+    data["environment"]["provider"] = "NnapiExecutionProvider"
+    data["placement"] = {"NnapiExecutionProvider": 3}
+    for entry in data["timed"]:
+        entry["placement"] = {"CPUExecutionProvider": 3}
+    data["timed"][0]["placement"] = {"NnapiExecutionProvider": 3}
+    out.write_text(json.dumps(data))
+    found = read_results(out)
+    assert (len(found.models), found.missing) == (1, len(data["timed"]) - 1)
+    for change in ({"placement": {"CPUExecutionProvider": 3}}, {"timed": data["timed"][1:]}):
+        out.write_text(json.dumps(data | change))
+        with pytest.raises(LowRankError, match="NnapiExecutionProvider ran nothing of the models there"):
+            read_results(out)
+
+
+def test_results_of_other_batches_are_refused(bundle: Path, tmp_path: Path) -> None:
+    module, out = script(bundle), tmp_path / "phone.json"
+    made_up(module, lambda number: 0.5)
+    assert module.main(["--out", str(out)]) == 0
+    with pytest.raises(LowRankError, match="measured on batches of 1, and batch_size 8 was given"):
+        lr.analyze(tmp_path / "model.onnx", budget={"latency": 0.5}, target=str(out), batch_size=8)
 
 
 def test_a_bundle_is_written_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -226,7 +227,7 @@ def test_options_reach_the_provider(nnapi: type[Imitation]) -> None:
     assert nnapi.given == [(NNAPI, {"flags": "1"}), CPU]
 
 
-def test_a_provider_gets_axes_of_fixed_size(nnapi: type[Imitation], monkeypatch: Any) -> None:
+def test_a_provider_gets_axes_of_fixed_size(nnapi: type[Imitation], monkeypatch: Any, tmp_path: Path) -> None:
     data, seen = tiny.labelled(tiny.classifier(), 10), []
     monkeypatch.setattr(
         nnapi, "run", lambda self, outputs, feeds: seen.append(feeds) or self._session.run(outputs, feeds)
@@ -234,6 +235,10 @@ def test_a_provider_gets_axes_of_fixed_size(nnapi: type[Imitation], monkeypatch:
     check = verify(batch_size=4, evaluate=[({"x": data["x"]}, data["labels"])])
     assert {feeds["x"].shape for feeds in seen} == {(4, 16)}
     assert check.accuracy.samples == 8
+    check = verify(batch_size=4, evaluate=str(tiny.save_data(tmp_path / "ten.npz", **data)))
+    assert any(
+        re.match(r"the last 2 samples of .*ten.npz fill no batch and were left out", note) for note in check.notes
+    )
 
 
 # Libraries of providers
