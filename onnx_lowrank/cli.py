@@ -317,7 +317,6 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 def _providers(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
-    arguments.model = ""
     _check_files(arguments, config, arguments.json)
     found = dict(pipeline.providers(config=config))
     if arguments.json:
@@ -351,8 +350,9 @@ def _check_files(arguments: argparse.Namespace, config: Config, *files: str | No
     options = {**vars(config), **vars(arguments)}
     read = [Path(file) for name in FILES_READ if isinstance(file := options.get(name), str)]
     results = [Path(file) for file in files if file is not None]
+    model = Path(arguments.model) if hasattr(arguments, "model") else None
     for path in results:
-        check_destination(path, Path(arguments.model))
+        check_destination(path, model)
         if path.exists() and any(file.exists() and path.samefile(file) for file in read):
             raise LowRankError(f"{path} is a file that was given: choose another name for the result")
     if len({path.resolve() for path in results}) != len(results):
