@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,12 +27,10 @@ from onnx_lowrank.runtime import timing
 from onnx_lowrank.runtime.providers import CPU, named
 from onnx_lowrank.runtime.session import Feeds, Placed, RunSettings, Session, probe
 from onnx_lowrank.types import LowRankError
+from onnx_lowrank.work.processes import end_with
 
 SECONDS = 300
 """Longest time that a trial may take: simulators of devices compile slowly."""
-
-WATCH_SECONDS = 1.0
-"""How often a process looks whether the one that started it is still there."""
 
 READY = b"onnx-lowrank listens\n"
 """What a process says when it can be asked."""
@@ -284,7 +281,7 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 
 def start(said: IO[bytes]) -> subprocess.Popen[bytes]:
     """A process that serves; what it or its libraries print goes to a file."""
-    command = python(f"from {__name__} import main; main()")
+    command = python(f"from {__name__} import main; main({os.getpid()})")
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
 
 
@@ -297,19 +294,12 @@ def _end(process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
             pipe.close()  # type: ignore[union-attr]
 
 
-def main() -> None:
+def main(parent: int) -> None:
     """The process of a host: answers go where standard output was, and what is printed there goes to the file from now on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asked ends this process
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(parent)
     answers.write(READY)
     answers.flush()
     serve(sys.stdin.buffer, answers)
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent does, which may be killed while something is computed here."""
-    while os.getppid() == parent:
-        time.sleep(WATCH_SECONDS)
-    os._exit(1)

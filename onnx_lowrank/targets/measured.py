@@ -94,9 +94,10 @@ def read_results(path: Path) -> Results:
     try:
         place: Mapping[str, Any] = data["environment"]
         timed = [entry for entry in data["timed"] if "ratio" in entry]
-        # a time of the CPU is not one of the provider
-        there = [entry for entry in timed if _ran(entry.get("placement"), place["provider"])]
-        models = tuple(_model(entry) for entry in there if _ran(data.get("placement"), place["provider"]))
+        # a time of the CPU is not one of the provider, nor is one beside an original that was on the CPU
+        beside = _ran(data.get("placement"), place["provider"])
+        there = [entry for entry in timed if beside and _ran(entry.get("placement"), place["provider"])]
+        models = tuple(map(_model, there))
         where = f"{place['provider']}, {place['processor']}, {place['threads']} thread(s), ONNX Runtime {place['onnxruntime']}"
         results = Results(
             str(data["model"]),

@@ -6,8 +6,6 @@ Results do not depend on where, nor on how many work at a time.
 from __future__ import annotations
 
 import os
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +18,7 @@ from onnx_lowrank.cache import environment, fingerprint
 from onnx_lowrank.randomized import exact_wanted
 from onnx_lowrank.types import Progress
 from onnx_lowrank.work.memory import give_back_memory
+from onnx_lowrank.work.processes import end_with
 from onnx_lowrank.work.tasks import Given, Outcome, Task, Work, on_one_thread
 
 LARGE = 1 << 23
@@ -31,9 +30,6 @@ WORTH_A_PROCESS = 1 << 20
 
 WORTH_GIVING_BACK = 1 << 18
 """Elements of a task after which freed memory is returned to the system: for less it is not worth the time."""
-
-WATCH_SECONDS = 1.0
-"""How often a process looks whether the one that started it is still there."""
 
 
 def run_all(
@@ -127,7 +123,7 @@ def _in_processes(
 ) -> Iterator[tuple[int, Outcome]]:
     """Outcomes by the index of their tasks, as they come from processes of this machine."""
     calls = (joblib.delayed(_apart)(function, i, load(task.given)) for i, task in tasks.items())
-    watched = {"initializer": _end_with, "initargs": (os.getpid(),)}
+    watched = {"initializer": end_with, "initargs": (os.getpid(),)}
     # without max_nbytes every array sent would stay in a file in memory until the last task is done
     outcomes = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", max_nbytes=None, **watched)(calls)
     try:
@@ -148,17 +144,3 @@ def end_processes() -> None:
 def _apart(function: Callable[[Given], Outcome], index: int, given: Given) -> tuple[int, Outcome]:
     give_back_memory()  # of the task before, whose outcome is on its way
     return index, on_one_thread(function, given)
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent does, which may be killed: nobody else would."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(WATCH_SECONDS)
-        os._exit(1)
-
-    if os.getppid() == 1 != parent:  # it is gone already
-        os._exit(1)
-    if os.getppid() == parent:
-        threading.Thread(target=watch, daemon=True).start()

@@ -81,7 +81,9 @@ def test_the_rich_model_still_runs_and_agrees(original: onnx.ModelProto, rewritt
 
 def test_new_nodes_stand_together_where_the_old_one_stood(rewritten: Rewritten) -> None:
     names = [node.name for node in rewritten.model.graph.node]
-    assert names[:6] == ["before", "conv_lowrank_0", "conv_lowrank_1", "conv", "after", "other"]
+    expected = ["before", "conv_lowrank_0", "conv_lowrank_1", "conv", "after", "other", "choice", "wrap", "unwrap"]
+    expected += ["pair", "pick", "again", "called", "end", "from_bfloat16", "from_float8"]
+    assert names == expected
 
 
 def test_the_last_new_node_keeps_the_name_the_output_and_the_bias(rewritten: Rewritten) -> None:
