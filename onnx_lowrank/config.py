@@ -95,6 +95,9 @@ class Config:
     fold_batchnorm
         Fold BatchNormalization into the convolution before it, at the end: a kernel is better decomposed before its
         channels are scaled.
+    fold_shortcuts
+        Write shortcuts that slice and pad (ResNets without convolutions there) as 1x1 convolutions of zeros and ones, first:
+        the tensors around them then stay in the layout of convolutions. The same function, but for NaN and infinity.
     quantize
         ``int8``: the result is quantised at the end (QDQ, static, a scale for each channel of a kernel), on samples of
         `calibrate`; all that was asked for is held by the quantised model, and latency is planned in eight bits.
@@ -157,6 +160,7 @@ class Config:
     exclude: tuple[str, ...] = ()
     group: Mapping[str, str] = field(default_factory=dict)
     fold_batchnorm: bool = False
+    fold_shortcuts: bool = False
     quantize: str = "none"
     dequantize: bool = False
     finetune: str = "none"
@@ -400,7 +404,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(PAIRS, _pairs),
     "max_drop": _share,
     **dict.fromkeys(("learning_rate", "orthogonality"), _number),
-    **dict.fromkeys(("fold_batchnorm", "dequantize", "batch_statistics", "exact"), _truth),
+    **dict.fromkeys(("fold_batchnorm", "fold_shortcuts", "dequantize", "batch_statistics", "exact"), _truth),
     "input_shape": _shapes,
 }
 """What makes an option's value from its everyday forms; the others are taken as they are."""

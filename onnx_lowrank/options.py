@@ -80,6 +80,14 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             "--dequantize",
             {"action": "store_true", "default": None, "help": "bring a quantised model (QDQ) back to floats first"},
         ),
+        (
+            "--fold-shortcuts",
+            {
+                "action": "store_true",
+                "default": None,
+                "help": "write shortcuts that slice and pad as 1x1 convolutions first (faster in ResNets that have them)",
+            },
+        ),
     ),
     "data": (
         (

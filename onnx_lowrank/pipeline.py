@@ -285,7 +285,7 @@ def _finish(bench: Bench, given: Any, best: Attempt, detailed: bool) -> Result:
         + bench.notes
         + advice(planner, best.layers, best.accuracy, latency)
         + on_target(planner, targets),
-        not best.layers and best.choice is None,
+        bench.is_original(best),
         planner.config.to_dict(),
         targets,
         bench.search(best),

@@ -22,11 +22,16 @@ from onnx_lowrank.graph.limits import check_shapes
 from onnx_lowrank.graph.model import Model, all_graphs, load, serialize
 from onnx_lowrank.graph.sections import Section, sections
 from onnx_lowrank.graph.shapes import Shapes, infer, model_inputs, sample_shapes, with_outputs
+from onnx_lowrank.graph.simplify import shortcut_arguments
 from onnx_lowrank.interop import to_proto
 from onnx_lowrank.runtime import RunSettings, Session, tensor_shapes
+from onnx_lowrank.shortcuts import with_folded_shortcuts
 from onnx_lowrank.types import Cost, InputSpec, Layer, LowRankError, Skip
 from onnx_lowrank.verification.parts import PartSession
 from onnx_lowrank.verification.verify import Feeds
+
+FOLDED = "a shortcut, folded: it copies its input"
+"""Why a convolution that stands for a shortcut is left alone."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,10 @@ class Subject:
 
     Parameters
     ----------
+    given
+        The model that the work is beside: as it was given (brought back to floating point where that was asked for).
     model
-        Never changed.
+        What is worked on, never changed: `given`, or that with its shortcuts folded.
     inputs
         What it is fed.
     sample_shapes
@@ -50,11 +57,14 @@ class Subject:
     skips
         Those of `found`, and the layers that the user excludes.
     cost
-        Of the whole model.
+        Of the whole of `given`.
+    added
+        What the cost of `model` is above that.
     notes
         What had to be assumed.
     """
 
+    given: Model
     model: Model
     inputs: tuple[InputSpec, ...]
     sample_shapes: Shapes
@@ -63,7 +73,15 @@ class Subject:
     sections: tuple[Section, ...]
     skips: tuple[Skip, ...]
     cost: Cost
+    added: Cost
     notes: tuple[str, ...]
+
+    @property
+    def foldable(self) -> tuple[str, ...]:
+        """Shortcuts that slice and pad, and would be convolutions if that were asked for."""
+        if not any(shortcut_arguments(self.model)):
+            return ()
+        return with_folded_shortcuts(self.model, self.sample_shapes)[1]
 
     def settings(self, config: Config) -> RunSettings:
         """What the model is measured on. Providers beside the CPU compile models: every axis that has a name gets a size."""
@@ -132,12 +150,18 @@ def open_subject(source: Any, config: Config) -> Subject:
     LowRankError
         Where it cannot be used; see :func:`onnx_lowrank.graph.model.load` and the data it is given.
     """
-    model = open_model(source)
+    given = open_model(source)
     if config.dequantize:
-        model = dequantized(model)
-    inputs = model_inputs(model)
-    given = dict(config.input_shape) or _shapes_of_data(inputs, config)
-    sizes, notes = sample_shapes(inputs, given)
+        given = dequantized(given)
+    inputs = model_inputs(given)
+    sizes, notes = sample_shapes(inputs, dict(config.input_shape) or _shapes_of_data(inputs, config))
+    model, shortcuts = with_folded_shortcuts(given, sizes) if config.fold_shortcuts else (given, ())
+    if config.fold_shortcuts and not shortcuts:
+        notes += ("no shortcut that slices and pads was found to be folded",)
+    elif shortcuts:
+        notes += (
+            f"{len(shortcuts)} shortcut(s) that slice and pad are 1x1 convolutions now: {', '.join(shortcuts[:3])}",
+        )
     if config.dequantize:
         notes += (
             "the model was brought back to floating point first: MACs and parameters of the original are those of that form, "
@@ -150,15 +174,18 @@ def open_subject(source: Any, config: Config) -> Subject:
         )
     shapes = shapes_of(model, inputs, sizes)
     found = find_layers(model, shapes)
-    spared = [layer for layer in found.layers if not config.selects(layer.name)]
-    left = tuple(Skip(layer.name, layer.op_type, "left out by --include or --exclude") for layer in spared)
+    spared = [layer for layer in found.layers if layer.name in shortcuts or not config.selects(layer.name)]
+    left = tuple(
+        Skip(x.name, x.op_type, FOLDED if x.name in shortcuts else "left out by --include or --exclude") for x in spared
+    )
     kept = {layer.weight_name for layer in spared}
     chosen = [
         replace(layer, weight_kept=layer.weight_kept or layer.weight_name in kept)
         for layer in found.layers
-        if config.selects(layer.name)
+        if layer not in spared
     ]
-    cost, unknown = model_cost(model, shapes)
+    cost, unknown = model_cost(given, shapes)
+    added = model_cost(model, shapes)[0] - cost if shortcuts else Cost(0, 0)
     if unknown:
         notes += (
             f"the MACs of {len(unknown)} node(s) are not counted, their sizes are unknown: {', '.join(unknown[:3])}",
@@ -166,7 +193,7 @@ def open_subject(source: Any, config: Config) -> Subject:
     groups = group_layers(chosen)
     alone = [group.layers[0] for group in groups if len(group.layers) == 1 and not group.layers[0].weight_kept]
     repeated = _named_sections(alone, config) if config.group else sections(model, found, alone)
-    return Subject(model, inputs, sizes, found, groups, tuple(repeated), found.skips + left, cost, notes)
+    return Subject(given, model, inputs, sizes, found, groups, tuple(repeated), found.skips + left, cost, added, notes)
 
 
 def check_patterns(subject: Subject, config: Config) -> None:

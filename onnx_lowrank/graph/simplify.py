@@ -6,7 +6,8 @@ conversions and two transpositions, for a copy. A 1x1 convolution of zeros and o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -69,6 +70,38 @@ def computed_constants(model: Model) -> list[str]:
     return [name for name in computed if name in wanted and name not in {o.name for o in graph.output}]
 
 
+def shortcut_arguments(model: Model) -> Iterator[str]:
+    """Names of the tensors that say how much is added and what is left out, where channels are padded after slices."""
+    producers = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if node.op_type != "Pad":
+            continue
+        yield from node.input[1:]
+        before = producers.get(node.input[0])
+        while before is not None and before.op_type == "Slice":
+            yield from before.input[1:]
+            before = producers.get(before.input[0])
+
+
+def making(model: Model, names: Sequence[str]) -> Model:
+    """A model of the nodes that make the tensors called `names`, which depend on no input, and of what those read."""
+    wanted, nodes = set(names), list[onnx.NodeProto]()
+    for node in reversed(model.graph.node):
+        if not wanted.isdisjoint(node.output):
+            wanted.update(node.input)
+            nodes.append(node)
+    graph = onnx.GraphProto(
+        name="constants",
+        node=reversed(nodes),
+        initializer=[tensor for tensor in model.graph.initializer if tensor.name in wanted],
+        output=[onnx.ValueInfoProto(name=name) for name in names],
+    )
+    proto = onnx.ModelProto(
+        ir_version=max(model.proto.ir_version, 4), opset_import=model.proto.opset_import, graph=graph
+    )
+    return replace(model, proto=proto)
+
+
 def store_constants(model: Model, values: Mapping[str, np.ndarray]) -> None:
     """Store what was computed, in the graph of `model`, which is changed."""
     listed = lists_all(model)
@@ -101,7 +134,7 @@ def _drop(model: Model, names: list[str]) -> None:
     drop_unread(model, names)
 
 
-def convolve_shortcuts(model: Model, channels: Mapping[str, int], dtype: np.dtype) -> int:
+def convolve_shortcuts(model: Model, channels: Mapping[str, int], dtype: np.dtype) -> tuple[str, ...]:
     """Make convolutions of what takes every n-th pixel and adds channels of zeros, in the graph of `model`, which is changed.
 
     Parameters
@@ -113,12 +146,12 @@ def convolve_shortcuts(model: Model, channels: Mapping[str, int], dtype: np.dtyp
 
     Returns
     -------
-    int
-        How many were made.
+    tuple of str
+        Names of their nodes.
     """
     constants, count, taken = Constants(model), readers(model.proto), tensor_names(model.proto)
     producers = {output: node for node in model.graph.node for output in node.output}
-    made = 0
+    made: list[str] = []
     for pad in [node for node in model.graph.node if node.op_type == "Pad" and node.domain in ("", "ai.onnx")]:
         added = _added_channels(pad, constants, model.opset)
         steps, source, slices = [1, 1], pad.input[0], []
@@ -133,16 +166,17 @@ def convolve_shortcuts(model: Model, channels: Mapping[str, int], dtype: np.dtyp
         kernel[np.arange(into) + added[0], np.arange(into)] = 1
         name = fresh_name(f"{pad.output[0]}_kernel", taken)
         add_initializer(model, numpy_helper.from_array(kernel, name), listed=lists_all(model))
+        node_name = pad.name or fresh_name(f"shortcut_of_{pad.output[0]}", taken)
         conv = onnx.helper.make_node(
-            "Conv", [source, name], [pad.output[0]], pad.name, strides=steps, kernel_shape=[1, 1]
+            "Conv", [source, name], [pad.output[0]], node_name, strides=steps, kernel_shape=[1, 1]
         )
         unread = [i for node in (pad, *slices) for i in node.input[1:]]
         model.graph.node.insert(list(model.graph.node).index(pad), conv)
         for node in (pad, *slices):
             model.graph.node.remove(node)
         drop_unread(model, unread)
-        made += 1
-    return made
+        made.append(node_name)
+    return tuple(made)
 
 
 def _values(names: list[str], constants: Constants) -> list[np.ndarray | None] | None:

@@ -80,7 +80,7 @@ def write_bundle(
         raise LowRankError("no layer of the model has a decomposition that saves anything: there is nothing to time")
     feeds, stand_ins, hollow = subject.feeds(config.batch_size), StandIns(subject, config.seed), Hollow(WEIGHTS)
     sizes = {name: value.shape for name, value in feeds.items()}
-    models = {"original.onnx": hollow.emptied(fixed(subject.model, sizes))}
+    models = {"original.onnx": hollow.emptied(fixed(subject.given, sizes))}
     timed: list[dict[str, Any]] = []
     for number, probe in enumerate(wanted):
         name = f"model_{number:03}.onnx"

@@ -50,9 +50,9 @@ class OnMNN:
         """
         self._feeds, self._threads = feeds, config.threads
         with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-            path = subject.model.path or Path(folder) / "model.onnx"
-            if subject.model.path is None:
-                save(subject.model, path)
+            path = subject.given.path or Path(folder) / "model.onnx"
+            if subject.given.path is None:
+                save(subject.given, path)
             plain = Session(path)
             self._outputs = plain.outputs
             self.original = self.session(path)

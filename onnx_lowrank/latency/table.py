@@ -137,6 +137,7 @@ class LatencyTable:
         self._stand_ins = StandIns(subject, config.seed)
         self._quantize, self._beginning = config.quantize != "none", beginning
         self._base = self._deployed(subject.model)
+        self._differs = config.dequantize or self._base is not subject.given
         self._timings = Timings(self._environment(config), cache_folder())
         self.measured = self.wanted = 0
         """Points measured, and how many there were to measure."""
@@ -146,7 +147,7 @@ class LatencyTable:
             self._first = bench.profile(bench.path)
             self._owned = owners(self._base, self._own_nodes, self._first.optimized)
             self._whole_ms = typical(self._timing(bench, bench.reference).first_ms)
-            self._share = 1 / self._float_speedup(bench) if self._quantize else 1.0
+            self._share = 1 / self._speedup(bench) if self._differs else 1.0
         self._account(self._first, 1.0)
         self._kinds = {group.names: _kind(group, self._owned) for group in subject.groups}
 
@@ -214,11 +215,11 @@ class LatencyTable:
         self._timings.save()
         return ratio * self._share
 
-    def _float_speedup(self, bench: _Bench) -> float:
-        """How many times faster the quantised model is than the one that was given."""
+    def _speedup(self, bench: _Bench) -> float:
+        """How many times faster the model that is decomposed is than the one that was given: quantised, shortcuts folded."""
         with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-            model = self._subject.model
-            first = _Bench(model.path, model, self._feeds, self._settings, Path(folder))
+            given = self._subject.given
+            first = _Bench(given.path, given, self._feeds, self._settings, Path(folder))
             return self._timing(first, bench.reference).speedup
 
     def _deployed(self, model: Model) -> Model:
@@ -244,7 +245,7 @@ class LatencyTable:
     def _bench(self) -> Iterator[_Bench]:
         """The original in a session, and a scratch folder; both go when the measurement is done."""
         with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-            given = None if self._quantize else self._subject.model.path
+            given = None if self._differs else self._subject.given.path
             yield _Bench(given, self._base, self._feeds, self._settings, Path(folder))
         give_back_memory()
 

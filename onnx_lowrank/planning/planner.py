@@ -124,7 +124,7 @@ class Planner(Run):
     def _costs(self) -> tuple[Cost, Cost]:
         """Cost of what no group covers, and of the whole model."""
         whole = self._table.original if self._table else self.subject.cost
-        rest = whole - sum((choice.cost for choice in self._dense()), Cost(0, 0))
+        rest = whole + self.subject.added - sum((choice.cost for choice in self._dense()), Cost(0, 0))
         return (replace(rest, latency_ms=self._table.rest) if self._table else rest), whole
 
     def _with_biases(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from onnx_lowrank.calibration.calibrate import Batch, few
-from onnx_lowrank.data.feeds import random_feeds
 from onnx_lowrank.graph.batchnorm import fold_batchnorm
-from onnx_lowrank.graph.limits import dtype_of
-from onnx_lowrank.graph.model import Model, serialize
-from onnx_lowrank.graph.shapes import infer, model_inputs, with_outputs
-from onnx_lowrank.graph.simplify import (
-    computed_constants,
-    convolve_shortcuts,
-    lift_constants,
-    name_nodes,
-    store_constants,
-)
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.shapes import infer
+from onnx_lowrank.graph.simplify import computed_constants, lift_constants, name_nodes
 from onnx_lowrank.quantize.choose import Choice, beginnings, choose
 from onnx_lowrank.quantize.equalize import equalized
 from onnx_lowrank.quantize.qdq import check_unquantized, insert_qdq, quantizable
 from onnx_lowrank.quantize.ranges import Ranges, find_ranges
-from onnx_lowrank.runtime import RunSettings, Session
+from onnx_lowrank.shortcuts import fold_shortcuts, store_computed
 
 __all__ = [
     "Choice",
@@ -72,15 +62,7 @@ def _simple(model: Model, sizes: Mapping[str, tuple[int, ...]]) -> Model:
     copy = model.copy()
     name_nodes(copy)
     lift_constants(copy)
-    computed = computed_constants(copy)
-    if computed:
-        inputs = random_feeds((spec.name, sizes[spec.name], spec.dtype) for spec in model_inputs(copy))
-        session = Session(serialize(with_outputs(copy, computed)), RunSettings(optimize=False), folder=copy.folder)
-        store_constants(copy, dict(zip(computed, session.run(inputs, computed), strict=True)))
+    store_computed(copy, computed_constants(copy))
     fold_batchnorm(copy)
-    kernels = [node.input[1] for node in copy.graph.node if node.op_type == "Conv"]
-    dtypes = {dtype_of(tensor) for tensor in copy.graph.initializer if tensor.name in kernels}
-    if dtypes == {np.dtype("f4")}:
-        shapes = infer(copy, dict(sizes))
-        convolve_shortcuts(copy, {name: shape[1] for name, shape in shapes.items() if len(shape) == 4}, np.dtype("f4"))
+    fold_shortcuts(copy, sizes)
     return copy

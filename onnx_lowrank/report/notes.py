@@ -72,6 +72,11 @@ def advice(planner: Planner, layers: Sequence[LayerReport], accuracy: Accuracy, 
             f"the result is slower than the original ({latency.speedup:.2f}x): its layers are too small for this machine "
             f"to gain; use --max-drop, or leave layers out with --exclude"
         )
+    if planner.subject.foldable:
+        notes.append(
+            f"{len(planner.subject.foldable)} shortcut(s) slice and pad, which takes tensors out of the layout of convolutions: "
+            f"--fold-shortcuts writes them as convolutions, for the same function"
+        )
     notes += of_provider(latency)
     if accuracy.broken:
         notes.append(f"{accuracy.broken} sample(s) give NaN or infinity: do not use this model")

@@ -114,8 +114,8 @@ class Bench:
         subject, config = planner.subject, planner.config
         self._settings = subject.settings(config)
         # the file as given where there is one: what users run, and read from disk only once
-        given = subject.model.path
-        self._path = given or self._write(subject.model)
+        given = subject.given.path
+        self._path = given or self._write(subject.given)
         self._original: Runnable | None = None
         self._tested: tuple[Path, Runnable] | None = None
         self._latencies: dict[Path, Latency] = {}
@@ -131,7 +131,7 @@ class Bench:
         del first
         self._engine = planner.engine
         self._objection = check_model(self._path)
-        files = {given, *_data_files(subject.model)} if given else self._path.parent.iterdir()
+        files = {given, *_data_files(subject.given)} if given else self._path.parent.iterdir()
         self.original = Size(subject.cost.macs, subject.cost.params, _bytes(files))
         inputs = subject.measured_inputs(config)
         self._data = open_config_data("evaluate", inputs, config) or open_config_data("calibrate", inputs, config)
@@ -304,7 +304,7 @@ class Bench:
 
     def _place(self, model: Model, given: Path | None = None) -> _Placed:
         subject = self.planner.subject
-        path = given or (self._path if model is subject.model else self._write(model))
+        path = given or (self._path if model is subject.given else self._write(model))
         with self.planner.stage("verify"):
             objection = check_model(path)
         if objection and not self._objection:
@@ -388,6 +388,10 @@ class Bench:
         timing = time_pair(self._session, self._session_of(path), feeds, seconds=QUICK_SECONDS)
         shutil.rmtree(path.parent)
         return 1 / timing.speedup
+
+    def is_original(self, attempt: Attempt) -> bool:
+        """Whether an attempt is the model that was given."""
+        return attempt.path == self._path
 
     def model_of(self, attempt: Attempt) -> Model:
         """The model of an attempt, after which nothing more is measured: the sessions make room for it."""

@@ -10,10 +10,13 @@ import pytest
 
 from onnx_lowrank import analyze, compress
 from onnx_lowrank.cli import main
+from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.dequantize import dequantized
 from onnx_lowrank.graph.model import load
+from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.quantize import insert_qdq, measure_ranges, prepared
-from onnx_lowrank.types import LowRankError
+from onnx_lowrank.subject import open_subject
+from onnx_lowrank.types import LowRankError, no_progress
 from tests.helpers import feeds_of, normal, parse, run
 
 TEXT = """g (float[N, 3, 16, 16] x) => (float[N, 16, 16, 16] y) {
@@ -106,6 +109,16 @@ def test_layers_are_decomposed_where_it_is_asked_for() -> None:
     result = compress(proto, budget={"macs": 0.6}, dequantize=True, calibrate=[feeds])
     assert result.report.layers and result.met
     assert any("brought back to floating point" in note for note in result.report.notes)
+
+
+def test_times_are_shares_of_the_quantised_model(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    onnx.save(quantized(network())[1], tmp_path / "given.onnx")
+    monkeypatch.setattr(LatencyTable, "_speedup", lambda self, bench: 0.8)
+    config = make_config(dequantize=True, budget={"latency": 0.5})
+    subject = open_subject(tmp_path / "given.onnx", config)
+    table = LatencyTable(subject, config, subject.feeds(), no_progress)
+    dense = table.priced([[group.dense] for group in subject.groups])
+    assert table.original.latency_ms == pytest.approx(0.8 * (table.rest + sum(c.cost.latency_ms for (c,) in dense)))
 
 
 def test_a_quantised_model_is_decomposed_and_quantised_again(tmp_path) -> None:
