@@ -96,6 +96,7 @@ def write_bundle(
         "target": target,
         "align": block,
         "batch": config.batch_size,
+        "threads": config.threads,
         "inputs": _inputs(feeds),
         "weights": sections,
         "original": "original.onnx",

@@ -41,7 +41,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--provider", default=CPU, help="execution provider (default: CPU)")
     parser.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
     parser.add_argument(
-        "--threads", type=int, default=1, help="threads of one operator (default: 1; 0: as many as there are)"
+        "--provider-library",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="library of a provider that comes apart from onnxruntime, registered under its name; repeatable",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="threads of one operator (default: what the bundle was made for; 0: as many as there are)",
     )
     parser.add_argument("--rounds", type=int, default=50, help="most rounds for each model (default: 50)")
     parser.add_argument("--seconds", type=float, default=5.0, help="stop after so long once there are 10 (default: 5)")
@@ -51,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path, default=Path(__file__).parent, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
+        register(args)
         args.provider = provider_of(args.provider)
         return pair(args) if args.pair else bundle(args)
     except Refused as error:
@@ -59,6 +69,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nbench.py: interrupted; start it again to go on", file=sys.stderr)
         return 130
+
+
+def register(args: argparse.Namespace) -> None:
+    """Register the libraries of providers; their names are what remains of the arguments."""
+    split = [each.partition("=") for each in args.provider_library]
+    if not all(name and path for name, _, path in split):
+        raise Refused(f"provider library '{' '.join(args.provider_library)}': NAME=PATH was expected")
+    for name, _, path in split:
+        try:
+            ort.register_execution_provider_library(name, str(Path(path).resolve()))
+        except Exception as error:  # one of onnxruntime's own, or an AttributeError of one before 1.23
+            raise Refused(f"{path} cannot be loaded as the library of {name}: {str(error).splitlines()[0]}") from error
+    args.provider_library = [name for name, _, _ in split]
 
 
 def provider_of(name: str) -> str:
@@ -86,13 +109,15 @@ class Model:
         options.intra_op_num_threads, options.inter_op_num_threads = args.threads, 1
         options.log_severity_level = 4
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        chosen = [(args.provider, options_of(args.provider_option))]
-        if args.provider != CPU:
-            chosen.append((CPU, {}))
+        given = options_of(args.provider_option)
+        chosen: dict[str, Any] = {"providers": [(args.provider, given), *([] if args.provider == CPU else [CPU])]}
+        if args.provider in args.provider_library:
+            options.add_provider_for_devices(devices_of(args.provider), given)
+            chosen = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # by default a provider that fails is exchanged for the CPU without a word
-            self.session = ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
+            self.session = ort.InferenceSession(str(path), options, enable_fallback=0, **chosen)
         self.placement: dict[str, int] = {}
         if hasattr(self.session, "get_provider_graph_assignment_info"):
             for part in self.session.get_provider_graph_assignment_info():
@@ -103,6 +128,17 @@ class Model:
         start = time.perf_counter()
         self.session.run(None, feeds)
         return time.perf_counter() - start
+
+
+def devices_of(provider: str) -> list[Any]:
+    """The most special device that the provider of a library has here, alone."""
+    order = ("NPU", "GPU", "CPU")
+    found = [device for device in ort.get_ep_devices() if device.ep_name == provider]
+    if not found:
+        raise Refused(f"{provider} finds no device here")
+    return sorted(
+        found, key=lambda d: next((i for i, kind in enumerate(order) if str(d.device.type).endswith(kind)), 3)
+    )[:1]
 
 
 def check_placed(model: Model, args: argparse.Namespace, which: str = "original") -> None:
@@ -152,6 +188,7 @@ def made_up(inputs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 def pair(args: argparse.Namespace) -> int:
     """Two models that the user names."""
+    args.threads = 1 if args.threads is None else args.threads
     try:
         first, second = (Model(path, args) for path in args.pair)
     except Exception as error:  # onnxruntime raises types of its own, one for each status
@@ -186,6 +223,7 @@ def bundle(args: argparse.Namespace) -> int:
         manifest = json.loads((args.bundle / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Refused(f"no bundle is beside bench.py ({error}): unpack the whole of it") from error
+    args.threads = manifest.get("threads", 1) if args.threads is None else args.threads
     results = begun(args, manifest)
     fill_weights(args.bundle / WEIGHTS, manifest["weights"])
     feeds = made_up(manifest["inputs"])

@@ -67,10 +67,17 @@ def needs(provider: str) -> str:
     return f"; it needs {NEEDS[provider]}" if provider in NEEDS else ""
 
 
-def simulated(provider: str) -> str:
-    """What is to be said of times of a provider that only imitates its device here; empty where it is the device."""
-    if provider in SIMULATED and platform.machine().lower() in ("x86_64", "amd64"):
-        return f"{provider} is a simulator on this machine: its times say nothing of the device's"
+def simulated(provider: str, system: str | None = None) -> str:
+    """What is to be said of times of a provider that only imitates its device; empty where it is the device.
+
+    Parameters
+    ----------
+    system
+        What the machine calls itself that it ran on, as `platform.platform` does; None for this one.
+    """
+    name = (system or platform.machine()).lower()
+    if provider in SIMULATED and any(kind in name for kind in ("x86_64", "amd64")):
+        return f"{provider} is a simulator on {'that' if system else 'this'} machine: its times say nothing of the device's"
     return ""
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnx_lowrank.runtime import simulated
 from onnx_lowrank.types import LowRankError, Rank
 
 SUFFIX = ".json"
@@ -118,6 +119,8 @@ def read_results(path: Path) -> Results:
         raise LowRankError(
             f"{path}: {place['provider']} ran nothing of the models there: times of another are no times of it"
         )
+    if why := simulated(str(place["provider"]), str(place.get("system") or "?")):
+        raise LowRankError(f"{path}: {why}")
     if not models:
         raise LowRankError(f"{path} holds no time yet: let bench.py run on")
     return results

@@ -9,7 +9,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -206,6 +206,53 @@ def test_a_provider_that_is_absent_or_runs_nothing_is_refused(
         assert "runs nothing of the original" in capsys.readouterr().err
 
 
+def test_threads_are_those_that_the_bundle_was_made_for(tmp_path: Path) -> None:
+    model = tiny.save(tiny.classifier(), tmp_path / "model.onnx")
+    lr.bundle(model, tmp_path / "out.zip", methods="svd", align=1, jobs=1, threads=2)
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        archive.extractall(tmp_path / "bundle")
+    module = script(tmp_path / "bundle")
+    made_up(module, lambda number: 0.5)
+    for options, threads in (([], 2), (["--threads", "3"], 3)):
+        out = tmp_path / f"{threads}.json"
+        assert module.main([*options, "--out", str(out)]) == 0
+        assert json.loads(out.read_text())["environment"]["threads"] == threads
+
+
+def test_a_provider_of_a_library_runs_on_its_most_special_device(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, registered, used = script(bundle), {}, []
+    kinds = [SimpleNamespace(ep_name="Odd", device=SimpleNamespace(type=f"T.{kind}")) for kind in ("CPU", "NPU", "GPU")]
+    monkeypatch.setattr(ort, "register_execution_provider_library", registered.__setitem__)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["Odd", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "get_ep_devices", lambda: kinds)
+    monkeypatch.setattr(ort, "SessionOptions", lambda: SimpleNamespace(
+        add_session_config_entry=lambda *pair: None,
+        add_provider_for_devices=lambda devices, options: used.append((devices, options)),
+    ))  # fmt: skip
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda path, options, **chosen: SimpleNamespace(chosen=chosen, run=print)
+    )
+    made_up(module, lambda number: 0.5)
+    words = ["--provider", "odd", "--provider-option", "a=b", "--out", str(tmp_path / "o.json")]
+    assert module.main([*words, "--provider-library", f"Odd={tmp_path}/lib.so"]) == 0
+    assert registered == {"Odd": f"{tmp_path}/lib.so"} and used[0] == ([kinds[1]], {"a": "b"})
+    kinds.clear()
+    assert module.main([*words[:-1], str(tmp_path / "p.json"), "--provider-library", f"Odd={tmp_path}/lib.so"]) == 2
+    assert "Odd finds no device here" in capsys.readouterr().err
+
+
+def test_a_library_that_is_none_is_one_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--provider", "odd", "--out", str(tmp_path / "o.json"), "--provider-library"]
+    assert script(bundle).main([*words, "odd"]) == 2
+    assert "NAME=PATH was expected" in capsys.readouterr().err
+    (tmp_path / "lib.so").write_bytes(b"none")
+    assert script(bundle).main([*words, f"odd={tmp_path}/lib.so"]) == 2
+    said = capsys.readouterr().err
+    assert "lib.so cannot be loaded as the library of odd" in said and said.count("\n") == 1
+
+
 def test_a_pair_of_models_is_timed_on_its_own(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(tmp_path / "model.onnx")
     assert script(bundle).main([*OPTIONS, "--pair", model, model]) == 0
@@ -284,6 +331,23 @@ def test_times_of_what_the_provider_did_not_run_are_none_of_it(bundle: Path, tmp
         out.write_text(json.dumps(data | change))
         with pytest.raises(LowRankError, match="NnapiExecutionProvider ran nothing of the models there"):
             read_results(out)
+
+
+def test_times_of_a_simulator_are_refused(bundle: Path, tmp_path: Path) -> None:
+    module, out = script(bundle), tmp_path / "phone.json"
+    made_up(module, lambda number: 0.5)
+    assert module.main(["--out", str(out)]) == 0
+    data = json.loads(out.read_text())
+    data["environment"] |= {"provider": "QNNExecutionProvider", "system": "Linux-6.1-aarch64-with-glibc2.36"}
+    data["placement"] = {"QNNExecutionProvider": 3}
+    for entry in data["timed"]:
+        entry["placement"] = data["placement"]
+    out.write_text(json.dumps(data))
+    assert read_results(out).models
+    data["environment"]["system"] = "Linux-6.1-x86_64-with-glibc2.36"
+    out.write_text(json.dumps(data))
+    with pytest.raises(LowRankError, match="QNNExecutionProvider is a simulator on that machine"):
+        read_results(out)
 
 
 def test_results_of_other_batches_are_refused(bundle: Path, tmp_path: Path) -> None:
