@@ -61,8 +61,8 @@ TABLE_SECONDS = 120.0
 WHOLE_MODELS = 8
 """Models with chains that are timed as a whole too, to learn what a run takes beside its nodes."""
 
-CHECK_ROUNDS, CHECK_SECONDS = 40, 4.0
-"""Of the measurement of a whole."""
+CHECK_ROUNDS, CHECK_SECONDS, CHECK_LEAST = 40, 4.0, 0.5
+"""Of the measurement of a whole: rounds, and the most and the least time for them."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,8 @@ class LatencyTable:
 
     def _timing(self, bench: _Bench, other: AnySession) -> Timing:
         """The model of a bench and another one in turn."""
-        return time_pair(bench.reference, other, self._feeds, rounds=CHECK_ROUNDS, seconds=CHECK_SECONDS)
+        limits = {"seconds": CHECK_SECONDS, "least": CHECK_LEAST}
+        return time_pair(bench.reference, other, self._feeds, rounds=CHECK_ROUNDS, **limits)
 
     def _account(self, profile: Profile, ratio: float) -> None:
         """Learn what a run takes beside its nodes from a model whose whole takes `ratio` of the original's time.

@@ -50,7 +50,9 @@ class Timing:
         return float(ratios[low]), float(ratios[n - 1 - low])
 
 
-def time_pair(first: Runs, second: Runs, feeds: Feeds, *, rounds: int = 50, seconds: float = 10.0) -> Timing:
+def time_pair(
+    first: Runs, second: Runs, feeds: Feeds, *, rounds: int = 50, seconds: float = 10.0, least: float = 0.0
+) -> Timing:
     """Run two sessions in turn and time each run; who goes first alternates, so that neither inherits a warm cache.
 
     Parameters
@@ -59,6 +61,8 @@ def time_pair(first: Runs, second: Runs, feeds: Feeds, *, rounds: int = 50, seco
         Most rounds after the warm-up.
     seconds
         Stop after this long once there are ten rounds.
+    least
+        Go on for so many seconds however many rounds that takes: what disturbs a machine for a moment should not decide.
     """
     warm_up = 5 if _seconds(first, feeds) < 1 else 1
     for _ in range(warm_up):
@@ -66,7 +70,9 @@ def time_pair(first: Runs, second: Runs, feeds: Feeds, *, rounds: int = 50, seco
         second.run(feeds)
     times: list[tuple[float, float]] = []
     start = time.perf_counter()
-    while len(times) < rounds and (len(times) < 10 or time.perf_counter() - start < seconds):
+    while (spent := time.perf_counter() - start) < least or (
+        len(times) < rounds and (len(times) < 10 or spent < seconds)
+    ):
         if len(times) % 2:
             late = _seconds(second, feeds)
             times.append((_seconds(first, feeds), late))

@@ -67,8 +67,8 @@ UNFITTED = (
 ROUNDED_SHARE = 0.25
 """Of the training of a model, that it gets once more through the rounding of its quantised form."""
 
-QUICK_SECONDS = 2.0
-"""That one way to quantise a model is timed for."""
+QUICK_SECONDS, QUICK_LEAST = 2.0, 0.5
+"""That one way to quantise a model is timed for, at most and at least."""
 
 IN_PARTS = (
     f"the model is too large to be in memory: it was run and timed in parts of up to {PART_BYTES >> 20} MB of weights, or one "
@@ -385,7 +385,7 @@ class Bench:
         """What a model takes, as a share of what the original does."""
         path = self._write(model)
         feeds = self.planner.subject.feeds(self.planner.config.batch_size)
-        timing = time_pair(self._session, self._session_of(path), feeds, seconds=QUICK_SECONDS)
+        timing = time_pair(self._session, self._session_of(path), feeds, seconds=QUICK_SECONDS, least=QUICK_LEAST)
         shutil.rmtree(path.parent)
         return 1 / timing.speedup
 

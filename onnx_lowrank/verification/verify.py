@@ -28,6 +28,9 @@ from onnx_lowrank.verification.parts import AT_ONCE, PartSession, time_in_parts
 CONFIDENCE = 0.95
 """Of the upper bound on a drop, one-sided: what a promise is held with."""
 
+LEAST_SECONDS = 1.0
+"""That two models are timed for: 50 runs of a small one are over in the moment that something else takes the machine."""
+
 GUESSING = 0.01
 """A model is no better than guessing where guessing alone would be right as often with at least this probability."""
 
@@ -359,7 +362,7 @@ def check_latency(
         if isinstance(original, PartSession) and isinstance(compressed, PartSession):
             timing = time_in_parts(original, compressed, feeds)
         else:
-            timing = time_pair(original, compressed, feeds, rounds=rounds)
+            timing = time_pair(original, compressed, feeds, rounds=rounds, least=LEAST_SECONDS)
         times = timing.first_ms, timing.second_ms
         medians, ninetieths = ([float(np.percentile(ms, share)) for ms in times] for share in (50, 90))
         ratios = [timing.speedup, *timing.speedup_interval]

@@ -278,6 +278,11 @@ def test_a_fast_model_is_run_for_all_rounds(monkeypatch):
     assert len(time_pair(a, b, {}, rounds=23).first_ms) == 23
 
 
+def test_a_measurement_goes_on_for_the_least_time_however_many_rounds_it_takes(monkeypatch):
+    a, b, _ = planted(monkeypatch, itertools.repeat(0.01), itertools.repeat(0.01))
+    assert len(time_pair(a, b, {}, rounds=5, least=0.99).first_ms) == 50
+
+
 def test_real_sessions_are_timed_in_milliseconds():
     timing = time_pair(session(), session(), FEEDS, rounds=4)
     assert timing.first_ms.shape == timing.second_ms.shape == (4,)
