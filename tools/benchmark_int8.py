@@ -4,7 +4,8 @@
 
 INT8 alone is what a user would pick today: onnxruntime.quantization, QDQ, a scale for each channel of a kernel, unsigned
 activations, ranges by MinMax on 512 samples of the same calibration data, after the normalisations were folded. Each `--budget` (several with a comma
-between) makes a row. CIFAR-10: calibrated on 2,000 training pictures, 500 lossless or 5,000 JPEG test pictures.
+between) makes a row. CIFAR-10: calibrated on 2,000 training pictures, 500 lossless or 5,000 JPEG test pictures. OUT/train.npz are all training
+pictures without their labels, for `--options "--finetune distill --train OUT/train.npz"`.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def main() -> None:
     else:
         (train, _), (test, labels) = cifar.lossless(folder / "train_2000.npz"), cifar.lossless(folder / "test_500.npz")
     np.savez(args.out / "calibrate.npz", images=train[:CALIBRATION])
+    np.savez(args.out / "train.npz", images=train)
     np.savez(args.out / "test.npz", images=test, labels=labels)
     preprocess = Path(__file__).parents[1] / "tests" / "data" / "cifar10.toml"
     data = ["--calibrate", args.out / "calibrate.npz", "--evaluate", args.out / "test.npz", "--preprocess", preprocess]
