@@ -141,8 +141,8 @@ def verify(
         Where a model cannot be loaded, or the other has different inputs or outputs.
     """
     config = configured(config, options)
-    if config.quantize != "none" or config.dequantize:
-        raise LowRankError("verify compares two models as they are: leave out quantize and dequantize")
+    if config.quantize != "none" or config.dequantize or config.fold_shortcuts:
+        raise LowRankError("verify compares two models as they are: leave out quantize, dequantize and fold_shortcuts")
     subject, second = open_subject(original, config), open_subject(other, config)
     if not _fed_alike(subject.inputs, second.inputs):
         ends = (", ".join(map(str, declared(each.model)[0])) or "none" for each in (subject, second))
@@ -220,6 +220,8 @@ def bundle(
         For a model or an option that cannot be used, or a model without a layer to decompose.
     """
     config = configured(config, options)
+    if config.dequantize or config.fold_shortcuts:
+        raise LowRankError("a bundle is of the model as it is: leave out dequantize and fold_shortcuts")
     planner = Planner(_opened(model, config), config, progress)
     if planner.target.engine:
         raise LowRankError(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from onnx_lowrank.graph.limits import dtype_of
 from onnx_lowrank.graph.model import Model, serialize
-from onnx_lowrank.graph.shapes import infer
+from onnx_lowrank.graph.shapes import element_types, infer
 from onnx_lowrank.graph.simplify import (
     computed_constants,
     convolve_shortcuts,
@@ -17,6 +14,7 @@ from onnx_lowrank.graph.simplify import (
     store_constants,
 )
 from onnx_lowrank.runtime import RunSettings, Session
+from onnx_lowrank.types import LowRankError
 
 
 def with_folded_shortcuts(model: Model, sizes: Mapping[str, tuple[int, ...]]) -> tuple[Model, tuple[str, ...]]:
@@ -29,7 +27,10 @@ def with_folded_shortcuts(model: Model, sizes: Mapping[str, tuple[int, ...]]) ->
     """
     copy = model.copy()
     wanted = set(shortcut_arguments(copy))
-    store_computed(copy, [name for name in computed_constants(copy) if name in wanted])
+    try:
+        store_computed(copy, [name for name in computed_constants(copy) if name in wanted])
+    except LowRankError:  # of what cannot be computed nothing is made
+        return model, ()
     made = fold_shortcuts(copy, sizes)
     return (copy, made) if made else (model, ())
 
@@ -37,14 +38,16 @@ def with_folded_shortcuts(model: Model, sizes: Mapping[str, tuple[int, ...]]) ->
 def fold_shortcuts(model: Model, sizes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     """Make convolutions of what slices and pads, in the graph of `model`, which is changed; the names of their nodes.
 
-    Where the kernels of its convolutions are of several types nothing is made: which of them a tensor has is not told.
+    Where the kernels of its convolutions are of several types, or the shortcut is of another, it stays.
     """
-    kernels = {node.input[1] for node in model.graph.node if node.op_type == "Conv"}
-    types = {dtype_of(tensor) for tensor in model.graph.initializer if tensor.name in kernels}
-    if len(types) != 1 or not np.issubdtype(min(types, key=str), np.floating):
+    read = {node.input[1] for node in model.graph.node if node.op_type == "Conv"}
+    types = {tensor.data_type for tensor in model.graph.initializer if tensor.name in read}
+    if len(types) != 1:
         return ()
-    channels = {name: shape[1] for name, shape in infer(model, dict(sizes)).items() if len(shape) == 4}
-    return convolve_shortcuts(model, channels, types.pop())
+    (kernels,), known = types, element_types(model)
+    shapes = infer(model, dict(sizes)).items()
+    channels = {name: shape[1] for name, shape in shapes if len(shape) == 4 and known.get(name) == kernels}
+    return convolve_shortcuts(model, channels, kernels)
 
 
 def store_computed(model: Model, names: Sequence[str]) -> None:

@@ -41,9 +41,9 @@ class Subject:
     Parameters
     ----------
     given
-        The model that the work is beside: as it was given (brought back to floating point where that was asked for).
+        The model that the work is beside, as it was given.
     model
-        What is worked on, never changed: `given`, or that with its shortcuts folded.
+        What is worked on, never changed: `given`, brought back to floating point and with its shortcuts folded where that was asked for.
     inputs
         What it is fed.
     sample_shapes
@@ -57,7 +57,7 @@ class Subject:
     skips
         Those of `found`, and the layers that the user excludes.
     cost
-        Of the whole of `given`.
+        Of the whole of `given`, in floating point.
     added
         What the cost of `model` is above that.
     notes
@@ -151,11 +151,10 @@ def open_subject(source: Any, config: Config) -> Subject:
         Where it cannot be used; see :func:`onnx_lowrank.graph.model.load` and the data it is given.
     """
     given = open_model(source)
-    if config.dequantize:
-        given = dequantized(given)
+    floating = dequantized(given) if config.dequantize else given
     inputs = model_inputs(given)
     sizes, notes = sample_shapes(inputs, dict(config.input_shape) or _shapes_of_data(inputs, config))
-    model, shortcuts = with_folded_shortcuts(given, sizes) if config.fold_shortcuts else (given, ())
+    model, shortcuts = with_folded_shortcuts(floating, sizes) if config.fold_shortcuts else (floating, ())
     if config.fold_shortcuts and not shortcuts:
         notes += ("no shortcut that slices and pads was found to be folded",)
     elif shortcuts:
@@ -184,7 +183,7 @@ def open_subject(source: Any, config: Config) -> Subject:
         for layer in found.layers
         if layer not in spared
     ]
-    cost, unknown = model_cost(given, shapes)
+    cost, unknown = model_cost(floating, shapes)
     added = model_cost(model, shapes)[0] - cost if shortcuts else Cost(0, 0)
     if unknown:
         notes += (

@@ -133,3 +133,49 @@ def test_it_is_proposed_where_it_would_help() -> None:
     for quiet in (lr.compress(proto, budget={"macs": 0.5}, fold_shortcuts=True, **OPTIONS),
                   lr.compress(tiny.classifier(), budget={"macs": 0.5}, **OPTIONS)):  # fmt: skip
         assert not any("--fold-shortcuts" in note for note in quiet.report.notes)
+
+
+def test_what_is_no_picture_of_floats_stays(tmp_path: Path) -> None:
+    text = RESIDUAL.replace("(float[N, 8, 12, 12] x)", "(float[N, 8, 12, 12] x, uint8[N, 8, 12, 12] bytes)")
+    text = text.replace("Slice (x,", "Slice (bytes,").replace(
+        "shortcut = Pad (even, pads)", "padded = Pad (even, pads) shortcut = Cast <to = 1> (padded)"
+    )
+    model = load(residual(text))
+    assert with_folded_shortcuts(model, {"x": (1, 8, 12, 12), "bytes": (1, 8, 12, 12)}) == (model, ())
+
+
+def test_constants_are_told_apart_from_outputs_without_a_name() -> None:
+    text = RESIDUAL.replace("pads = Concat <axis = 0> (known, none)", """joined = Concat <axis = 0> (known, none)
+  pads = Clip (joined, , large)
+  pooled, = MaxPool <kernel_shape = [3, 3]> (x)""").replace("pooled, =", "pooled =")  # fmt: skip
+    proto = residual(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(99, np.int64), "large"))
+    next(node for node in proto.graph.node if node.op_type == "MaxPool").output.append("")
+    folded, names = with_folded_shortcuts(load(proto), {"x": (1, 8, 12, 12)})
+    assert len(names) == 1
+    feeds = feeds_of(proto, x=(2, 8, 12, 12))
+    assert_close(run(folded.proto, feeds), run(proto, feeds), 1e-6)
+
+
+def test_it_is_refused_where_it_would_make_another_model_of_what_is_compared() -> None:
+    with pytest.raises(lr.LowRankError, match="leave out quantize, dequantize and fold_shortcuts"):
+        lr.verify(residual(), residual(), fold_shortcuts=True)
+    with pytest.raises(lr.LowRankError, match="a bundle is of the model as it is"):
+        lr.bundle(residual(), "never.zip", fold_shortcuts=True)
+    with pytest.raises(lr.LowRankError, match="fold_shortcuts would make it another"):
+        lr.analyze(residual(), budget={"latency": 0.5}, target="mnn", fold_shortcuts=True)
+    assert not Path("never.zip").exists()
+
+
+def test_what_a_target_takes_is_compared_with_the_model_as_it_was_given() -> None:
+    given = lr.compress(residual(), budget={"macs": 0.5}, target="coreml", **OPTIONS).report.targets[0]
+    folded = lr.compress(
+        residual(), budget={"macs": 0.5}, target="coreml", fold_shortcuts=True, **OPTIONS
+    ).report.targets[0]
+    assert folded.partitions["before"] == given.partitions["before"]
+
+
+def test_eight_bits_fold_without_being_told() -> None:
+    feeds = feeds_of(residual(), x=(16, 8, 12, 12))
+    notes = lr.compress(residual(), quantize="int8", calibrate=[feeds], jobs=1).report.notes
+    assert not any("--fold-shortcuts" in note for note in notes)

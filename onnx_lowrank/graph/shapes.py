@@ -132,6 +132,27 @@ def infer(model: Model, inputs: Shapes) -> Shapes:
 
     Weights are replaced by their types, so that the cost does not depend on the model's size.
     """
+    stored = {t.name: t for t in model.graph.initializer}
+    sparse = {t.values.name: t for t in model.graph.sparse_initializer}
+    bare = _bare(model, inputs)
+    shapes: Shapes = {name: tuple(t.dims) for name, t in (stored | sparse).items()} | dict(inputs)
+    shapes |= _shapes(_inferred(bare, values=False))
+    # values of lists are followed number by number, and any tensor of one axis counts as a list
+    if all(len(shape) != 1 or shape[0] <= LONGEST_LIST for shape in shapes.values()):
+        shapes |= _shapes(_inferred(bare, values=True))
+    return shapes
+
+
+def element_types(model: Model) -> dict[str, int]:
+    """Types of the tensors of the main graph, by ONNX's numbers, as far as inference can tell."""
+    bare = _bare(model, {})
+    return {
+        value.name: value.type.tensor_type.elem_type for value in [*bare.graph.input, *_inferred(bare, values=False)]
+    }
+
+
+def _bare(model: Model, inputs: Shapes) -> onnx.ModelProto:
+    """The main graph without its large weights, for inputs of the shapes given."""
     source = model.graph
     stored = {t.name: t for t in source.initializer}
     sparse = {t.values.name: t for t in source.sparse_initializer}
@@ -149,29 +170,27 @@ def infer(model: Model, inputs: Shapes) -> Shapes:
     for name, tensor in sparse.items():
         graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.values.data_type, tensor.dims))
     graph.output.extend(onnx.ValueInfoProto(name=o.name, type=unshaped(o.type)) for o in source.output)
-    bare = onnx.ModelProto(
+    return onnx.ModelProto(
         # inputs with an initializer of their own are allowed from version 4 of the format
         ir_version=max(model.proto.ir_version, 4),
         opset_import=model.proto.opset_import,
         functions=model.proto.functions,
         graph=graph,
     )
-    shapes: Shapes = {name: tuple(t.dims) for name, t in (stored | sparse).items()} | dict(inputs)
-    shapes |= _inferred(bare, values=False)
-    # values of lists are followed number by number, and any tensor of one axis counts as a list
-    if all(len(shape) != 1 or shape[0] <= LONGEST_LIST for shape in shapes.values()):
-        shapes |= _inferred(bare, values=True)
-    return shapes
 
 
-def _inferred(model: onnx.ModelProto, *, values: bool) -> Shapes:
-    """Shapes that inference can tell; with `values` also where the numbers in a shape are computed."""
+def _inferred(model: onnx.ModelProto, *, values: bool) -> list[onnx.ValueInfoProto]:
+    """What inference can tell of tensors; with `values` also where the numbers in a shape are computed."""
     try:
         graph = onnx.shape_inference.infer_shapes(model, data_prop=values).graph
     except Exception:  # the C++ side raises a type of its own for an operator it does not know
-        return {}
+        return []
+    return [*graph.value_info, *graph.output]
+
+
+def _shapes(values: Iterable[onnx.ValueInfoProto]) -> Shapes:
     shapes: Shapes = {}
-    for value in [*graph.value_info, *graph.output]:
+    for value in values:
         dims = value.type.tensor_type.shape.dim
         if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
             shapes[value.name] = tuple(d.dim_value for d in dims)

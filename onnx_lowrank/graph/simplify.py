@@ -88,7 +88,7 @@ def making(model: Model, names: Sequence[str]) -> Model:
     wanted, nodes = set(names), list[onnx.NodeProto]()
     for node in reversed(model.graph.node):
         if not wanted.isdisjoint(node.output):
-            wanted.update(node.input)
+            wanted.update(filter(None, node.input))
             nodes.append(node)
     graph = onnx.GraphProto(
         name="constants",
@@ -134,15 +134,15 @@ def _drop(model: Model, names: list[str]) -> None:
     drop_unread(model, names)
 
 
-def convolve_shortcuts(model: Model, channels: Mapping[str, int], dtype: np.dtype) -> tuple[str, ...]:
+def convolve_shortcuts(model: Model, channels: Mapping[str, int], kernels: int) -> tuple[str, ...]:
     """Make convolutions of what takes every n-th pixel and adds channels of zeros, in the graph of `model`, which is changed.
 
     Parameters
     ----------
     channels
-        Of tensors, where that is known.
-    dtype
-        Of the kernels.
+        Of tensors of that type, where that is known.
+    kernels
+        Type of the kernels, by ONNX's number for it.
 
     Returns
     -------
@@ -162,7 +162,7 @@ def convolve_shortcuts(model: Model, channels: Mapping[str, int], dtype: np.dtyp
         if not added or source not in channels or not slices:
             continue
         into = channels[source]
-        kernel = np.zeros((added[0] + into + added[1], into, 1, 1), dtype)
+        kernel = np.zeros((added[0] + into + added[1], into, 1, 1), onnx.helper.tensor_dtype_to_np_dtype(kernels))
         kernel[np.arange(into) + added[0], np.arange(into)] = 1
         name = fresh_name(f"{pad.output[0]}_kernel", taken)
         add_initializer(model, numpy_helper.from_array(kernel, name), listed=lists_all(model))

@@ -137,7 +137,7 @@ class LatencyTable:
         self._stand_ins = StandIns(subject, config.seed)
         self._quantize, self._beginning = config.quantize != "none", beginning
         self._base = self._deployed(subject.model)
-        self._differs = config.dequantize or self._base is not subject.given
+        self._differs = self._base is not subject.given
         self._timings = Timings(self._environment(config), cache_folder())
         self.measured = self.wanted = 0
         """Points measured, and how many there were to measure."""

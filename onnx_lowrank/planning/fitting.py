@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from onnx_lowrank.calibration.calibrate import Batch, collect, count, held_apart, together
+from onnx_lowrank.calibration.calibrate import Batch, collect, count, has_moment, held_apart, together
 from onnx_lowrank.planning.run import Run
 from onnx_lowrank.subject import open_config_data
 from onnx_lowrank.types import Layer, LayerStatistics
@@ -54,6 +54,11 @@ class Fitting:
         read = list(data.spread(CALIBRATION_SAMPLES).batches(batch))
         feeds = [feeds for feeds, _ in read]
         return mixed(feeds, config.seed) if in_order([labels for _, labels in read]) else feeds
+
+    @cached_property
+    def without(self) -> set[str]:
+        """Names of layers whose kernels cannot be fitted: they see more numbers at once than moments are formed of."""
+        return {layer.name for layer in self._run.subject.found.layers if not has_moment(layer.spec)}
 
     def apart(self) -> list[Batch]:
         """Samples that nothing was fitted to."""

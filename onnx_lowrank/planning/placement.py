@@ -24,7 +24,7 @@ class Placement:
     @cached_property
     def before(self) -> Partitions | None:
         """Parts that the target takes the original in; None where that cannot be told without it."""
-        return self.of(self._subject.model)
+        return self.of(self._subject.given)
 
     def of(self, model: Model) -> Partitions | None:
         """As :attr:`before`, of another model with the same inputs."""

@@ -316,7 +316,10 @@ class Planner(Run):
         subject = self.subject
         model: Model = subject.model
         layers: tuple[LayerReport, ...] = ()
-        if not all(choice.dense for choice in plan.choices):
+        if all(choice.dense for choice in plan.choices):
+            if self.config.dequantize and self.config.quantize == "none":  # it was brought back for its layers alone
+                model = subject.given
+        else:
             large = self.scratch is not None and is_large(model)
             if self._searches and self._cache is None:
                 self._cache = FactorCache(self.scratch if large else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnx_lowrank import runtime
+from onnx_lowrank.calibration.calibrate import MAX_PATCH
 from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.report.data import TargetResult
 from onnx_lowrank.rewriting.rewrite import LayerReport
@@ -67,12 +68,18 @@ def advice(planner: Planner, layers: Sequence[LayerReport], accuracy: Accuracy, 
         notes.append(
             f"layers were fitted on {used} of {given} calibration samples: the activations of more do not fit into memory"
         )
+    long = [layer.name for layer in layers if planner.fitting.wanted and layer.name in planner.fitting.without]
+    if long:
+        notes.append(
+            f"{len(long)} layer(s) see more than {MAX_PATCH:,} numbers at once, and were decomposed by their weights alone: "
+            f"{', '.join(long[:3])}"
+        )
     if layers and latency.speedup_high_95 < 1 and planner.timed_on_target:
         notes.append(
             f"the result is slower than the original ({latency.speedup:.2f}x): its layers are too small for this machine "
             f"to gain; use --max-drop, or leave layers out with --exclude"
         )
-    if planner.subject.foldable:
+    if planner.config.quantize == "none" and planner.subject.foldable:  # eight bits fold them anyway
         notes.append(
             f"{len(planner.subject.foldable)} shortcut(s) slice and pad, which takes tensors out of the layout of convolutions: "
             f"--fold-shortcuts writes them as convolutions, for the same function"

@@ -71,6 +71,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def said(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def register(args: argparse.Namespace) -> None:
     """Register the libraries of providers; their names are what remains of the arguments."""
     split = [each.partition("=") for each in args.provider_library]
@@ -80,7 +85,7 @@ def register(args: argparse.Namespace) -> None:
         try:
             ort.register_execution_provider_library(name, str(Path(path).resolve()))
         except Exception as error:  # one of onnxruntime's own, or an AttributeError of one before 1.23
-            raise Refused(f"{path} cannot be loaded as the library of {name}: {str(error).splitlines()[0]}") from error
+            raise Refused(f"{path} cannot be loaded as the library of {name}: {said(error)}") from error
     args.provider_library = [name for name, _, _ in split]
 
 
@@ -192,7 +197,7 @@ def pair(args: argparse.Namespace) -> int:
     try:
         first, second = (Model(path, args) for path in args.pair)
     except Exception as error:  # onnxruntime raises types of its own, one for each status
-        raise Refused(str(error).splitlines()[0]) from error
+        raise Refused(said(error)) from error
     check_placed(first, args)
     check_placed(second, args, "result")
     kinds = {
@@ -208,7 +213,7 @@ def pair(args: argparse.Namespace) -> int:
     try:
         found = compared(first, second, made_up(inputs), args)
     except Exception as error:
-        raise Refused(str(error).splitlines()[0]) from error
+        raise Refused(said(error)) from error
     print(
         f"latency of the result over the original's: {found['ratio']:.3f} ({found['low_95']:.3f} to {found['high_95']:.3f}), "
         f"{found['original_ms']:.3f} ms and {found['ms']:.3f} ms, median of {found['rounds']} rounds, {args.provider}; "
@@ -234,7 +239,7 @@ def bundle(args: argparse.Namespace) -> int:
     except Refused:
         raise
     except Exception as error:
-        raise Refused(f"the original does not run on {args.provider}: {str(error).splitlines()[0]}") from error
+        raise Refused(f"the original does not run on {args.provider}: {said(error)}") from error
     results["placement"] = original.placement
     write(args.out, results)  # what cannot be written is told before the work
     done, models = {entry["file"] for entry in results["timed"]}, manifest["timed"]
@@ -246,14 +251,14 @@ def bundle(args: argparse.Namespace) -> int:
             other = Model(args.bundle / model["file"], args)
             check_placed(other, args, "model")
             entry |= compared(original, other, feeds, args)
-            said = f"{entry['ratio']:.3f} ({entry['low_95']:.3f} to {entry['high_95']:.3f}) of the original"
+            outcome = f"{entry['ratio']:.3f} ({entry['low_95']:.3f} to {entry['high_95']:.3f}) of the original"
         except Exception as error:
-            entry["error"] = said = str(error).splitlines()[0]
+            entry["error"] = outcome = said(error)
         results["timed"].append(entry)
         timed = [each["original_ms"] for each in results["timed"] if "ratio" in each]
         results["original_ms"] = float(np.median(timed)) if timed else None
         write(args.out, results)
-        print(f"[{number}/{len(models)}] {named(model['parts'])}: {said}", flush=True)
+        print(f"[{number}/{len(models)}] {named(model['parts'])}: {outcome}", flush=True)
     if not any("ratio" in each for each in results["timed"]):
         raise Refused(f"no model of the bundle runs on {args.provider}; see {args.out}")
     print(
@@ -279,6 +284,7 @@ def begun(args: argparse.Namespace, manifest: dict[str, Any]) -> dict[str, Any]:
         "onnxruntime": ort.__version__,
         "processor": processor(),
         "system": platform.platform(),
+        "machine": platform.machine(),
     }
     same = {key: manifest[key] for key in ("id", "model", "name", "target", "align", "batch")}
     new = {

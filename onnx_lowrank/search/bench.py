@@ -202,7 +202,8 @@ class Bench:
         """
         plans = [self.planner.on_target(each) for each in (plan, *others)]
         plan = plans[0]
-        fitted = self.planner.fitting.wanted and any(not choice.dense for choice in plan.choices)
+        changed = {name for choice in plan.choices if not choice.dense for name in choice.layers}
+        fitted = self.planner.fitting.wanted and not changed <= self.planner.fitting.without
         variants = [(each, self.planner.fitting.wanted) for each in plans] + (
             [(plan.with_notes(UNFITTED), False)] if fitted else []
         )
@@ -309,12 +310,11 @@ class Bench:
             objection = check_model(path)
         if objection and not self._objection:
             raise LowRankError(f"the rewritten model is not valid, please report this: {objection}")
-        cost, _ = model_cost(model, shapes_of(model, subject.inputs, subject.sample_shapes))
         if path == self._path:
-            size = self.original.size_bytes
-        else:
-            size = _bytes({path, *_data_files(model)} if given else path.parent.iterdir())
-        keep = size < LARGE or path == self._path or bool(_data_files(model))
+            return _Placed(path, self.original, model)
+        cost, _ = model_cost(model, shapes_of(model, subject.inputs, subject.sample_shapes))
+        size = _bytes({path, *_data_files(model)} if given else path.parent.iterdir())
+        keep = size < LARGE or bool(_data_files(model))
         if self._folder in model.folder.parents:  # its data are in the file that was just written, as they are to be
             shutil.rmtree(model.folder)
             keep = False

@@ -25,7 +25,7 @@ FINE = 1.05
 CORRECTIONS = 4
 """Plans made in turn for budgets that only the finished model can be measured on."""
 
-NOTHING_TO_GAIN = "nothing here is worth decomposing: the model is left as it is"
+NOTHING_TO_GAIN = "nothing here is worth decomposing: its layers are left as they are"
 
 BYTES_OF_INT8 = 0.25
 """What a parameter takes in eight bits, as a share of what it takes in floating point."""
@@ -167,10 +167,12 @@ def within_drop(planner: Planner, bench: Bench) -> Attempt:
             missed, low = attempt, middle
     planner.progress("search", SEARCH_STEPS, SEARCH_STEPS)
     if not best.layers:
-        return _left(dense, planner, f"no plan lost as little as {config.max_drop:g}: the model is left as it is")
+        return _left(dense, planner, f"no plan lost as little as {config.max_drop:g}: its layers are left as they are")
     if config.objective == "latency" and not config.foretold and bench.latency(best).speedup_high_95 < 1:
         return _left(
-            dense, planner, "every plan that holds the accuracy is slower than the original: it is left as it is"
+            dense,
+            planner,
+            "every plan that holds the accuracy is slower than the original: its layers are left as they are",
         )
     return replace(best, plan=best.plan.with_notes(*_why_not_more(missed, metric, config.max_drop)))
 

@@ -119,7 +119,7 @@ def read_results(path: Path) -> Results:
         raise LowRankError(
             f"{path}: {place['provider']} ran nothing of the models there: times of another are no times of it"
         )
-    if why := simulated(str(place["provider"]), str(place.get("system") or "?")):
+    if why := simulated(str(place["provider"]), f"{place.get('system')} {place.get('machine')}"):
         raise LowRankError(f"{path}: {why}")
     if not models:
         raise LowRankError(f"{path} holds no time yet: let bench.py run on")

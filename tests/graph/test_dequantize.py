@@ -111,6 +111,20 @@ def test_layers_are_decomposed_where_it_is_asked_for() -> None:
     assert any("brought back to floating point" in note for note in result.report.notes)
 
 
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_the_model_comes_back_as_it_was_where_no_layer_is_changed(tmp_path, where: str) -> None:
+    feeds, proto = quantized(network())
+    onnx.save(proto, tmp_path / "given.onnx")
+    source = tmp_path / "given.onnx" if where == "file" else proto
+    options = {"dequantize": True, "metric": "sqnr", "evaluate": [feeds], "objective": "macs", "jobs": 1}
+    result = compress(source, max_drop=1e-7, **options)
+    assert not result.report.layers and result.report.unchanged
+    result.save(tmp_path / "small.onnx")
+    assert (tmp_path / "small.onnx").read_bytes() == proto.SerializeToString()
+    assert result.report.original == result.report.compressed
+    assert result.report.original.size_bytes == len(proto.SerializeToString())
+
+
 def test_times_are_shares_of_the_quantised_model(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     onnx.save(quantized(network())[1], tmp_path / "given.onnx")
     monkeypatch.setattr(LatencyTable, "_speedup", lambda self, bench: 0.8)

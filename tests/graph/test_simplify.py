@@ -80,7 +80,7 @@ def test_what_is_something_else_stays(text: str, changed: dict[str, np.ndarray])
 
 def convolved_unchecked(proto: onnx.ModelProto) -> tuple[tuple[str, ...], onnx.ModelProto]:
     model = load(proto).copy()
-    return convolve_shortcuts(model, {"x": 4}, np.dtype("f4")), model.proto
+    return convolve_shortcuts(model, {"x": 4}, onnx.TensorProto.FLOAT), model.proto
 
 
 def test_constants_computed_in_every_run_are_stored() -> None:

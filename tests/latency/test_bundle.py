@@ -338,13 +338,21 @@ def test_times_of_a_simulator_are_refused(bundle: Path, tmp_path: Path) -> None:
     made_up(module, lambda number: 0.5)
     assert module.main(["--out", str(out)]) == 0
     data = json.loads(out.read_text())
-    data["environment"] |= {"provider": "QNNExecutionProvider", "system": "Linux-6.1-aarch64-with-glibc2.36"}
+    data["environment"] |= {
+        "provider": "QNNExecutionProvider",
+        "system": "Linux-6.1-aarch64-with-glibc2.36",
+        "machine": "aarch64",
+    }
     data["placement"] = {"QNNExecutionProvider": 3}
     for entry in data["timed"]:
         entry["placement"] = data["placement"]
     out.write_text(json.dumps(data))
     assert read_results(out).models
     data["environment"]["system"] = "Linux-6.1-x86_64-with-glibc2.36"
+    out.write_text(json.dumps(data))
+    with pytest.raises(LowRankError, match="QNNExecutionProvider is a simulator on that machine"):
+        read_results(out)
+    data["environment"] |= {"system": "Windows-11-10.0.22631-SP0", "machine": "AMD64"}
     out.write_text(json.dumps(data))
     with pytest.raises(LowRankError, match="QNNExecutionProvider is a simulator on that machine"):
         read_results(out)

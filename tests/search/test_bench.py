@@ -11,6 +11,8 @@ import onnx
 import pytest
 
 import models
+import onnx_lowrank as lr
+from onnx_lowrank.calibration import calibrate
 from onnx_lowrank.calibration.calibrate import HELD_OUT
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.model import load
@@ -192,3 +194,14 @@ def test_where_fits_to_samples_do_worse_on_others_the_weights_alone_are_taken_an
     assert bench_module.UNFITTED in made["alike"].plan.notes
     assert not any(layer.fitted for layer in made["alike"].layers)
     assert all(layer.fitted for layer in made["varied"].layers)
+
+
+def test_layers_that_see_too_much_to_be_fitted_are_told_and_not_blamed_on_the_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibrate, "MAX_PATCH", 8)
+    pictures = arrays(models.DIGITS_CALIBRATE)["input"][:64]
+    notes = lr.compress(models.DIGITS, calibrate=[{"input": pictures}], methods="channel_svd", include="*conv2*", budget={"macs": 0.9},
+                        jobs=1).report.notes  # fmt: skip
+    assert bench_module.UNFITTED not in notes
+    assert any("layer(s) see more than" in note and "by their weights alone" in note for note in notes)

@@ -153,7 +153,7 @@ def test_where_nothing_is_worth_decomposing_the_model_is_left_as_it_is() -> None
         search = within_budgets if "budget" in goal else within_drop
         best = search(bench.planner, bench)  # type: ignore[arg-type]
         assert not best.layers
-        assert "nothing here is worth decomposing: the model is left as it is" in best.plan.notes
+        assert "nothing here is worth decomposing: its layers are left as they are" in best.plan.notes
 
 
 # The largest drop
@@ -191,7 +191,7 @@ def test_the_promise_is_held_on_the_bound_and_not_on_the_drop() -> None:
     bench.upper = lambda drop: 0.001 if drop == 0 else 0.02
     best = within_drop(bench.planner, bench)  # type: ignore[arg-type]
     assert not best.layers
-    assert "no plan lost as little as 0.01: the model is left as it is" in best.plan.notes
+    assert "no plan lost as little as 0.01: its layers are left as they are" in best.plan.notes
 
 
 def test_where_no_plan_holds_the_accuracy_the_model_is_left_as_it_is() -> None:
