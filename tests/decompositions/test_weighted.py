@@ -71,7 +71,8 @@ def composed(name: str, kernels: tuple[np.ndarray, ...]) -> np.ndarray:
 
 def output_error(weight: np.ndarray, approximation: np.ndarray, moment: np.ndarray) -> float:
     """Squared error of the output over its energy."""
-    missed, target = (a.reshape(len(a), -1) for a in (weight - approximation, weight))
+    target = weight.reshape(len(weight), -1)
+    missed = target - approximation.reshape(target.shape)
     return float(np.trace(missed @ moment @ missed.T) / np.trace(target @ moment @ target.T))
 
 
@@ -156,14 +157,28 @@ def test_each_group_of_channels_is_fitted_to_what_it_sees(name: str) -> None:
             np.testing.assert_array_equal(np.split(whole, 2)[index], piece)
 
 
-def test_no_perturbation_of_the_closed_form_lowers_the_error() -> None:
-    stats, weight, rng = seen(), kernel(), np.random.default_rng(5)
-    first, second = fitted("channel_svd", (5,), stats).kernels[0]
-    best = output_error(weight, composed("channel_svd", (first, second)), stats.covariance)
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("channel_svd", SPEC),
+        ("channel_svd", ConvSpec((OUT, IN, 9), pads=(4, 4))),
+        ("channel_svd", ConvSpec((OUT, IN, 3, 3, 1), pads=(1, 1, 1, 1, 0, 0))),
+        ("svd", ConvSpec((OUT, 9 * IN))),
+        ("svd", ConvSpec((OUT, 9 * IN, 1, 1))),
+    ],
+    ids=["2-D", "1-D", "3-D", "matrix", "pointwise"],
+)
+def test_no_perturbation_of_the_closed_form_lowers_the_error(name: str, spec: ConvSpec) -> None:
+    stats, weight, rng = seen(), kernel().reshape(spec.weight_shape), np.random.default_rng(5)
+    factors = lift.factorize(DECOMPOSITIONS[name], [spec], [weight], (5,), [stats], rng=rng).kernels[0]
+
+    def error(first: np.ndarray, second: np.ndarray) -> float:
+        return output_error(weight, second.reshape(OUT, -1) @ first.reshape(5, -1), stats.covariance)
+
+    best = error(*factors)
     for size in (1e-1, 1e-2, 1e-3):
         for _ in range(40):
-            moved = tuple(k + size * k.std() * rng.standard_normal(k.shape) for k in (first, second))
-            assert output_error(weight, composed("channel_svd", moved), stats.covariance) >= best
+            assert error(*(k + size * k.std() * rng.standard_normal(k.shape) for k in factors)) >= best
 
 
 @pytest.mark.parametrize("name", ["channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4", "separable"])
