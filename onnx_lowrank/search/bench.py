@@ -417,6 +417,12 @@ class Bench:
             self._latencies[attempt.path] = self._time(attempt)
         return self._latencies[attempt.path]
 
+    def latency_again(self, attempt: Attempt) -> Latency:
+        """Time an attempt once more, and take whichever measurement was disturbed less."""
+        first, second = self.latency(attempt), self._time(attempt)
+        self._latencies[attempt.path] = min(first, second, key=_unsure)
+        return self._latencies[attempt.path]
+
     def _time(self, attempt: Attempt) -> Latency:
         config, subject = self.planner.config, self.planner.subject
         if self._engine is not None:
@@ -459,6 +465,12 @@ def open_bench(planner: Planner) -> Iterator[Bench]:
         yield bench
         if bench.refiner is not None:  # all is done: nothing to go on from
             bench.refiner.close()
+
+
+def _unsure(latency: Latency) -> float:
+    """How far apart the bounds of a speedup are, as a share of it."""
+    spread = (latency.speedup_high_95 - latency.speedup_low_95) / latency.speedup
+    return math.inf if math.isnan(spread) else spread
 
 
 def _needs_whole(config: Config, target: Target) -> bool:
