@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.linalg.blas import dger, ssyrk
+from scipy.linalg.blas import dger, ssymv, ssyrk
 
 from onnx_lowrank.cache import UNKEPT, Kept
 from onnx_lowrank.graph.find import Found
@@ -286,17 +286,17 @@ class Moments:
         """
         self._take()
         mean = self._sum / self._count if self._cut.bias is not None else np.zeros_like(self._sum)
-        second = _mirrored(self._upper)
-        second /= self._count
-        noise = max(self._fourth / self._count - _squared(second), 0.0) / self._count
-        second = dger(-1.0, mean, mean, a=second, overwrite_a=True)  # the covariance, in its place
-        diagonal = np.einsum("dd->d", second)
-        scale = diagonal.mean()
-        spread = _squared(second) - scale**2 * len(mean)
+        # all that is wanted of the covariance is told by the half that is there: the whole is large, and written once
+        squared, energy = _squared(self._upper) / self._count**2, float(mean @ mean)
+        along = float(mean @ ssymv(1.0, self._upper, mean.astype(np.float32))) / self._count
+        noise = max(self._fourth / self._count - squared, 0.0) / self._count
+        scale = (np.trace(self._upper, dtype=np.float64) / self._count - energy) / len(mean)
+        spread = squared - 2 * along + energy**2 - scale**2 * len(mean)
         share = min(1.0, noise / spread) if spread > 0 else 0.0
-        second *= 1 - share
-        diagonal += share * scale
-        second = dger(1.0, mean, mean, a=second, overwrite_a=True)
+        second = _mirrored(self._upper, (1 - share) / self._count)
+        if share and energy:
+            second = dger(share, mean, mean, a=second, overwrite_a=True)
+        np.einsum("dd->d", second)[...] += share * scale
         return LayerStatistics(mean, second, self._count)
 
 
@@ -307,14 +307,17 @@ def together(seen: Sequence[LayerStatistics]) -> LayerStatistics:
     return LayerStatistics(np.zeros_like(seen[0].mean), np.asarray(moment), samples)
 
 
-def _squared(matrix: np.ndarray) -> float:
-    """Sum of the squares of a matrix in column order, which numpy would copy."""
-    return float(np.vdot(matrix.T, matrix.T))
+def _squared(upper: np.ndarray) -> float:
+    """Sum of the squares of a symmetric matrix of which `upper` holds one half, in column order, and zeros."""
+    rows, diagonal = upper.T, np.diag(upper).astype(np.float64)
+    half = math.fsum(float(np.vdot(part, part)) for part in (rows[i : i + TILE] for i in range(0, len(rows), TILE)))
+    return 2 * half - float(diagonal @ diagonal)
 
 
-def _mirrored(upper: np.ndarray) -> np.ndarray:
-    """The symmetric matrix, in float64, of which `upper` holds one half."""
-    whole = upper.astype(np.float64, order="F")
+def _mirrored(upper: np.ndarray, factor: float) -> np.ndarray:
+    """The symmetric matrix, in float64 and times `factor`, of which `upper` holds one half."""
+    whole = np.empty(upper.shape, np.float64, order="F")
+    np.multiply(upper, factor, out=whole, dtype=np.float64)
     for first in range(0, len(whole), TILE):
         here = slice(first, first + TILE)
         whole[here, here] = np.triu(whole[here, here]) + np.triu(whole[here, here], 1).T
