@@ -141,6 +141,7 @@ class LatencyTable:
         self._timings = Timings(self._environment(config), cache_folder())
         self.measured = self.wanted = 0
         """Points measured, and how many there were to measure."""
+        self._references: list[float] = []
         self._aside_ms, self._nodes = 0.0, 0
         self._own_nodes = own_nodes(subject.model, subject.found)
         with self._bench() as bench:
@@ -156,6 +157,11 @@ class LatencyTable:
         """Whether times can be told apart: a provider that compiles whole parts of the graph does not say."""
         groups = self._subject.groups
         return 2 * sum(1 for group in groups if self._dense.of(group) > 0) >= len(groups) > 0
+
+    @property
+    def unrest(self) -> float:
+        """How many times as long the model that stays the same took in the slowest measurement as in the fastest."""
+        return max(self._references) / min(self._references) if self._references else 1.0
 
     @property
     def original(self) -> Cost:
@@ -220,7 +226,7 @@ class LatencyTable:
         with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
             given = self._subject.given
             first = _Bench(given.path, given, self._feeds, self._settings, Path(folder))
-            return self._timing(first, bench.reference).speedup
+            return 1 / self._timing(bench, first.reference).speedup
 
     def _deployed(self, model: Model) -> Model:
         """A model as it is going to be run."""
@@ -229,7 +235,9 @@ class LatencyTable:
     def _timing(self, bench: _Bench, other: AnySession) -> Timing:
         """The model of a bench and another one in turn."""
         limits = {"seconds": CHECK_SECONDS, "least": CHECK_LEAST}
-        return time_pair(bench.reference, other, self._feeds, rounds=CHECK_ROUNDS, **limits)
+        timing = time_pair(bench.reference, other, self._feeds, rounds=CHECK_ROUNDS, **limits)
+        self._references.append(typical(timing.first_ms))
+        return timing
 
     def _account(self, profile: Profile, ratio: float) -> None:
         """Learn what a run takes beside its nodes from a model whose whole takes `ratio` of the original's time.

@@ -25,6 +25,7 @@ from onnx_lowrank.graph.datafile import is_large
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.latency.engines import OnMNN
 from onnx_lowrank.latency.sources import Table, check_target, filled_tables
+from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.layer_tasks import estimated_of, group_task, methods_key
 from onnx_lowrank.planning.candidate_sets import CandidateSets, Policy
 from onnx_lowrank.planning.fitting import Fitting
@@ -165,6 +166,11 @@ class Planner(Run):
                 )
             self._table = next(iter(self._tables), None)
         return self._table is not None
+
+    @property
+    def unrest(self) -> float:
+        """How much times varied while plans were made by them: 1 where they did not, or none were measured here."""
+        return max((table.unrest for table in self._tables if isinstance(table, LatencyTable)), default=1.0)
 
     def _best(self, make: Callable[[], Plan], worth: Callable[[Plan], float]) -> Plan:
         """The best of what is made by each table of times; the one it was made by is that of all that follows.

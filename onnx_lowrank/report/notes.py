@@ -14,6 +14,9 @@ from onnx_lowrank.verification.verify import Accuracy, Latency
 MUCH = 0.03
 """Loss of a metric that is a share from which on the user is told what keeps more of it."""
 
+BUSY = 1.25
+"""Times that vary by more than this factor do not tell plans apart."""
+
 SHARES = ("top1", "top5", "agreement")
 """Metrics of which that can be said."""
 
@@ -73,6 +76,11 @@ def advice(planner: Planner, layers: Sequence[LayerReport], accuracy: Accuracy, 
         notes.append(
             f"{len(long)} layer(s) see more than {MAX_PATCH:,} numbers at once, and were decomposed by their weights alone: "
             f"{', '.join(long[:3])}"
+        )
+    if planner.unrest > BUSY:
+        notes.append(
+            f"the machine was busy while the plan was made: the original took up to {planner.unrest:.1f} times as long as at best, and "
+            f"what a plan takes is not sure; on a quiet one it may lose less for the same time"
         )
     if layers and latency.speedup_high_95 < 1 and planner.timed_on_target:
         notes.append(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.latency.timings import Place, Timings
 from onnx_lowrank.planning import planner
 from onnx_lowrank.planning.planner import Planner
-from onnx_lowrank.runtime import OPTIMIZED, Profile, RunSettings, Session, profile_nodes
+from onnx_lowrank.runtime import OPTIMIZED, Profile, RunSettings, Session, Timing, profile_nodes
 from onnx_lowrank.search.search import within_budgets
 from onnx_lowrank.subject import open_subject
 from onnx_lowrank.types import Budget, Cost, no_progress
@@ -329,3 +331,16 @@ def test_a_plan_by_latency_is_written_and_its_figures_reported() -> None:
     assert 0 < budget.predicted <= 0.9
     assert result.report.layers
     assert result.plan.original.latency_ms > result.plan.cost.latency_ms > 0
+
+
+def test_times_that_vary_while_a_plan_is_made_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = itertools.cycle([1.0, 1.5])
+
+    def time_pair(first: Any, second: Any, feeds: Any, **limits: float) -> Timing:
+        return Timing(np.full(10, next(times)), np.full(10, 0.5))
+
+    options: dict[str, Any] = {"budget": {"latency": 0.9}, "methods": "channel_svd", "align": 4, "jobs": 1}
+    monkeypatch.setattr(latency, "time_pair", time_pair)
+    assert any("took up to 1.5 times as long" in note for note in lr.compress(residual(), **options).report.notes)
+    times = itertools.cycle([1.0, 1.1])
+    assert not any("the machine was busy" in note for note in lr.compress(residual(), **options).report.notes)
