@@ -40,18 +40,20 @@ class Timing:
     @property
     def speedup(self) -> float:
         """Median over the rounds of (first / second)."""
-        return float(np.median(self.first_ms / self.second_ms))
+        return float(np.median(self._ratios))
+
+    @property
+    def _ratios(self) -> np.ndarray:
+        """Of each round; of many rounds the medians of ``BLOCKS`` stretches, since those that follow one another are disturbed alike."""
+        ratios: np.ndarray = self.first_ms / self.second_ms
+        if len(ratios) > 2 * BLOCKS:
+            ratios = np.array([np.median(stretch) for stretch in np.array_split(ratios, BLOCKS)])
+        return ratios
 
     @property
     def speedup_interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the median ratio, from its order statistics: no assumption on the noise.
-
-        Of many rounds, those that follow one another are disturbed alike: medians of up to ``BLOCKS`` stretches count for one each.
-        """
-        ratios = self.first_ms / self.second_ms
-        if len(ratios) > 2 * BLOCKS:
-            ratios = np.array([np.median(stretch) for stretch in np.array_split(ratios, BLOCKS)])
-        ratios = np.sort(ratios)
+        """95 % confidence interval of the median ratio, from its order statistics: no assumption on the noise."""
+        ratios = np.sort(self._ratios)
         n = len(ratios)
         # the rank of the median is binomial(n, 1/2): mean n/2, standard deviation sqrt(n)/2
         # and as many ratios are left out above as below, so that the models exchanged give the reciprocals

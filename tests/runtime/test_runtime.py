@@ -291,6 +291,14 @@ def test_many_rounds_that_are_disturbed_alike_count_for_few():
     assert ratios(np.sort(level[::100])).speedup_interval == pytest.approx((low, high))
 
 
+def test_a_speedup_lies_between_its_bounds_however_many_rounds_there_were():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        drifting = 1.8 + 0.1 * (np.arange(3000) > rng.integers(500, 2500)) + 0.3 * rng.exponential(size=3000) ** 2
+        timing = ratios(drifting)
+        assert timing.speedup_interval[0] <= timing.speedup <= timing.speedup_interval[1]
+
+
 def test_real_sessions_are_timed_in_milliseconds():
     timing = time_pair(session(), session(), FEEDS, rounds=4)
     assert timing.first_ms.shape == timing.second_ms.shape == (4,)
