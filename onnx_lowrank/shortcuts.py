@@ -25,8 +25,10 @@ def with_folded_shortcuts(model: Model, sizes: Mapping[str, tuple[int, ...]]) ->
     sizes
         Of the inputs, for one sample.
     """
+    wanted = set(shortcut_arguments(model))
+    if not wanted:
+        return model, ()
     copy = model.copy()
-    wanted = set(shortcut_arguments(copy))
     try:
         store_computed(copy, [name for name in computed_constants(copy) if name in wanted])
     except LowRankError:  # of what cannot be computed nothing is made

@@ -22,7 +22,6 @@ from onnx_lowrank.graph.limits import check_shapes
 from onnx_lowrank.graph.model import Model, all_graphs, load, serialize
 from onnx_lowrank.graph.sections import Section, sections
 from onnx_lowrank.graph.shapes import Shapes, infer, model_inputs, sample_shapes, with_outputs
-from onnx_lowrank.graph.simplify import shortcut_arguments
 from onnx_lowrank.interop import to_proto
 from onnx_lowrank.runtime import RunSettings, Session, tensor_shapes
 from onnx_lowrank.shortcuts import with_folded_shortcuts
@@ -79,8 +78,6 @@ class Subject:
     @property
     def foldable(self) -> tuple[str, ...]:
         """Shortcuts that slice and pad, and would be convolutions if that were asked for."""
-        if not any(shortcut_arguments(self.model)):
-            return ()
         return with_folded_shortcuts(self.model, self.sample_shapes)[1]
 
     def settings(self, config: Config) -> RunSettings:

@@ -12,6 +12,7 @@ import pytest
 import onnx_lowrank as lr
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.model import load
+from onnx_lowrank.graph.shapes import with_outputs
 from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.shortcuts import with_folded_shortcuts
 from onnx_lowrank.subject import open_subject
@@ -57,13 +58,8 @@ def test_the_function_stays_to_the_bit() -> None:
     assert names[0] in {node.name for node in folded.graph.node}
     onnx.checker.check_model(folded.proto, full_check=True)
     feeds = feeds_of(proto, x=(3, 8, 12, 12))
-    given = onnx.ModelProto()
-    given.CopyFrom(proto)
-    given.graph.output.append(onnx.ValueInfoProto(name="shortcut"))
-    made = onnx.ModelProto()
-    made.CopyFrom(folded.proto)
-    made.graph.output.append(onnx.ValueInfoProto(name="shortcut"))
-    np.testing.assert_array_equal(run(made, feeds)[1], run(given, feeds)[1])
+    made, given = (run(with_outputs(model, ["shortcut"]).proto, feeds) for model in (folded, load(proto)))
+    np.testing.assert_array_equal(made[1], given[1])
 
 
 def test_a_model_without_one_is_left_alone() -> None:
@@ -147,7 +143,7 @@ def test_what_is_no_picture_of_floats_stays(tmp_path: Path) -> None:
 def test_constants_are_told_apart_from_outputs_without_a_name() -> None:
     text = RESIDUAL.replace("pads = Concat <axis = 0> (known, none)", """joined = Concat <axis = 0> (known, none)
   pads = Clip (joined, , large)
-  pooled, = MaxPool <kernel_shape = [3, 3]> (x)""").replace("pooled, =", "pooled =")  # fmt: skip
+  pooled = MaxPool <kernel_shape = [3, 3]> (x)""")  # fmt: skip
     proto = residual(text)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(99, np.int64), "large"))
     next(node for node in proto.graph.node if node.op_type == "MaxPool").output.append("")

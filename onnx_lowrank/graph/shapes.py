@@ -132,10 +132,9 @@ def infer(model: Model, inputs: Shapes) -> Shapes:
 
     Weights are replaced by their types, so that the cost does not depend on the model's size.
     """
-    stored = {t.name: t for t in model.graph.initializer}
-    sparse = {t.values.name: t for t in model.graph.sparse_initializer}
     bare = _bare(model, inputs)
-    shapes: Shapes = {name: tuple(t.dims) for name, t in (stored | sparse).items()} | dict(inputs)
+    shapes: Shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    shapes |= {tensor.values.name: tuple(tensor.dims) for tensor in model.graph.sparse_initializer} | dict(inputs)
     shapes |= _shapes(_inferred(bare, values=False))
     # values of lists are followed number by number, and any tensor of one axis counts as a list
     if all(len(shape) != 1 or shape[0] <= LONGEST_LIST for shape in shapes.values()):

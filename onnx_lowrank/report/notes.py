@@ -87,9 +87,10 @@ def advice(planner: Planner, layers: Sequence[LayerReport], accuracy: Accuracy, 
             f"the result is slower than the original ({latency.speedup:.2f}x): its layers are too small for this machine "
             f"to gain; use --max-drop, or leave layers out with --exclude"
         )
-    if planner.config.quantize == "none" and planner.subject.foldable:  # eight bits fold them anyway
+    foldable = planner.subject.foldable if planner.config.quantize == "none" else ()  # eight bits fold them anyway
+    if foldable:
         notes.append(
-            f"{len(planner.subject.foldable)} shortcut(s) slice and pad, which takes tensors out of the layout of convolutions: "
+            f"{len(foldable)} shortcut(s) slice and pad, which takes tensors out of the layout of convolutions: "
             f"--fold-shortcuts writes them as convolutions, for the same function"
         )
     notes += of_provider(latency)

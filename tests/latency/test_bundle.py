@@ -68,6 +68,14 @@ def made_up(module: ModuleType, ratio: Callable[[int], float]) -> list[int]:
     return asked
 
 
+def measured(folder: Path, out: Path) -> tuple[Path, dict[str, Any]]:
+    """What a bundle writes where all of its models take half of the time, and where."""
+    module = script(folder)
+    made_up(module, lambda number: 0.5)
+    assert module.main(["--out", str(out)]) == 0
+    return out, json.loads(out.read_text())
+
+
 def test_the_script_needs_onnxruntime_and_numpy_alone(bundle: Path) -> None:
     names = set()
     for node in ast.walk(ast.parse((bundle / "bench.py").read_text())):
@@ -261,9 +269,7 @@ def test_a_pair_of_models_is_timed_on_its_own(bundle: Path, tmp_path: Path, caps
 
 
 def test_times_of_another_model_are_refused(bundle: Path, tmp_path: Path) -> None:
-    module, out = script(bundle), tmp_path / "phone.json"
-    made_up(module, lambda number: 0.5)
-    assert module.main(["--out", str(out)]) == 0
+    out, _ = measured(bundle, tmp_path / "phone.json")
     with pytest.raises(LowRankError, match=r"phone.json was measured of another model.*make a bundle of this one"):
         lr.compress(tiny.classifier(), budget={"latency": 0.9}, target=str(out))
     with pytest.raises(LowRankError, match=r"was measured of another model"):
@@ -304,10 +310,7 @@ def test_a_file_that_holds_no_results_is_one_line(
 
 @pytest.mark.parametrize("change", [{"ratio": 0}, {"ratio": "x"}, {"parts": []}, {"high_95": -1}])
 def test_damaged_results_are_one_line(bundle: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    module, out = script(bundle), tmp_path / "phone.json"
-    made_up(module, lambda number: 0.5)
-    assert module.main(["--out", str(out)]) == 0
-    data = json.loads(out.read_text())
+    out, data = measured(bundle, tmp_path / "phone.json")
     data["timed"][0] |= change
     out.write_text(json.dumps(data))
     with pytest.raises(LowRankError, match="is damaged"):
@@ -315,10 +318,7 @@ def test_damaged_results_are_one_line(bundle: Path, tmp_path: Path, change: dict
 
 
 def test_times_of_what_the_provider_did_not_run_are_none_of_it(bundle: Path, tmp_path: Path) -> None:
-    module, out = script(bundle), tmp_path / "phone.json"
-    made_up(module, lambda number: 0.5)
-    assert module.main(["--out", str(out)]) == 0
-    data = json.loads(out.read_text())
+    out, data = measured(bundle, tmp_path / "phone.json")
     data["environment"]["provider"] = "NnapiExecutionProvider"
     data["placement"] = {"NnapiExecutionProvider": 3}
     for entry in data["timed"]:
@@ -334,10 +334,7 @@ def test_times_of_what_the_provider_did_not_run_are_none_of_it(bundle: Path, tmp
 
 
 def test_times_of_a_simulator_are_refused(bundle: Path, tmp_path: Path) -> None:
-    module, out = script(bundle), tmp_path / "phone.json"
-    made_up(module, lambda number: 0.5)
-    assert module.main(["--out", str(out)]) == 0
-    data = json.loads(out.read_text())
+    out, data = measured(bundle, tmp_path / "phone.json")
     data["environment"] |= {
         "provider": "QNNExecutionProvider",
         "system": "Linux-6.1-aarch64-with-glibc2.36",
@@ -359,9 +356,7 @@ def test_times_of_a_simulator_are_refused(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_results_of_other_batches_are_refused(bundle: Path, tmp_path: Path) -> None:
-    module, out = script(bundle), tmp_path / "phone.json"
-    made_up(module, lambda number: 0.5)
-    assert module.main(["--out", str(out)]) == 0
+    out, _ = measured(bundle, tmp_path / "phone.json")
     with pytest.raises(LowRankError, match="measured on batches of 1, and batch_size 8 was given"):
         lr.analyze(tmp_path / "model.onnx", budget={"latency": 0.5}, target=str(out), batch_size=8)
 
