@@ -227,24 +227,56 @@ class LayerStatistics:
     mean
         ``E[x]``, shape ``(in * prod(kernel),)``.
     second_moment
-        ``E[x x^T]``, shape ``(in * prod(kernel), in * prod(kernel))``.
+        ``E[x x^T]``, shape ``(in * prod(kernel), in * prod(kernel))``; empty where `patches` stand for it.
     samples
         Number of patches seen.
+    patches
+        The patches themselves less their mean, ``(samples, in * prod(kernel))``, where that matrix would be too large.
+    shrinkage
+        With `patches`: the share of their covariance that is replaced by a multiple of the identity, and that multiple.
     """
 
     mean: np.ndarray
     second_moment: np.ndarray
     samples: int
+    patches: np.ndarray | None = None
+    shrinkage: tuple[float, float] = (0.0, 0.0)
 
     @property
     def covariance(self) -> np.ndarray:
-        """``E[(x - mean)(x - mean)^T]``: what is left once the bias has taken the mean."""
+        """``E[(x - mean)(x - mean)^T]``: what is left once the bias has taken the mean; not for long `patches`."""
+        assert self.patches is None, "of patches this long no covariance is formed"
         return self.second_moment - np.outer(self.mean, self.mean)
+
+    def output_covariance(self, kernel: np.ndarray) -> np.ndarray:
+        """Covariance ``W S W^T``, (O, O), of what a `kernel`, (O, in * prod(kernel)), makes of the patches."""
+        if self.patches is None:
+            return kernel @ self.covariance @ kernel.T
+        share, variance = self.shrinkage
+        outputs, own = self._outputs(kernel), kernel @ kernel.T
+        return (1 - share) / self.samples * (outputs @ outputs.T) + share * variance * own.astype(np.float64)
+
+    def output_energy(self, kernel: np.ndarray) -> float:
+        """Trace of :meth:`output_covariance`: mean energy of the outputs."""
+        if self.patches is None:
+            return float(np.sum((kernel @ self.covariance) * kernel))
+        share, variance = self.shrinkage
+        outputs = self._outputs(kernel)
+        return float(
+            (1 - share) / self.samples * np.vdot(outputs, outputs) + share * variance * np.vdot(kernel, kernel)
+        )
+
+    def _outputs(self, kernel: np.ndarray) -> np.ndarray:
+        """What `kernel` makes of the patches, (O, samples)."""
+        assert self.patches is not None
+        return (kernel @ self.patches.T).astype(np.float64)
 
     def of_group(self, index: int, groups: int) -> LayerStatistics:
         """The part that one group of channels sees."""
         size = len(self.mean) // groups
         part = slice(index * size, (index + 1) * size)
+        if self.patches is not None:
+            return replace(self, mean=self.mean[part], patches=self.patches[:, part])
         return LayerStatistics(self.mean[part], self.second_moment[part, part], self.samples)
 
 

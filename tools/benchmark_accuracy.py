@@ -198,7 +198,7 @@ def spectra(groups: Sequence[Group], seen: dict[str, LayerStatistics] | None) ->
         layer = group.layers[0]
         weight = np.asarray(layer.read_weight(), np.float64)
         if seen is not None:
-            values = np.sqrt(output_spectrum(weight.reshape(len(weight), -1), seen[layer.name].covariance))
+            values = np.sqrt(output_spectrum(seen[layer.name].output_covariance(weight.reshape(len(weight), -1))))
         elif spatial_or_channel(group, number == 0) == "spatial_svd":
             moved = np.moveaxis(weight, (0, 1, 2), (0, -2, -1))
             values = np.linalg.svd(moved.reshape(-1, weight.shape[1] * weight.shape[2]), compute_uv=False)

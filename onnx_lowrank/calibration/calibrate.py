@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.linalg.blas import dger, ssymv, ssyrk
 
 from onnx_lowrank.cache import UNKEPT, Kept
+from onnx_lowrank.calibration.moments import LONG_ROWS, has_moment, is_long, moments_of, patch_length
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, Segment, cuts, sources
@@ -35,17 +35,8 @@ CHEAP_MOMENT = 1 << 34
 MOMENTS_BYTES = 1 << 30
 """Most bytes of moments summed up in one pass of the samples."""
 
-FEW_ROWS = 2048
-"""Patches worth a product of their own."""
-
-TILE = 256
-"""Rows and columns of a matrix that are mirrored together."""
-
 SOURCES_BYTES = 1 << 29
 """Most bytes of inputs of all layers held at a time."""
-
-MAX_PATCH = 8192
-"""Longest patch whose moment is formed: beyond that the matrix alone takes half a gigabyte."""
 
 
 class Activations:
@@ -152,7 +143,7 @@ def sample(cut: Cut, shape: tuple[int, ...], rng: np.random.Generator, samples: 
 
     ``POSITIONS`` for each sample; fewer where the patches of all would not fit, or where the products of their moment
     would be more than a quarter of the work of running the layer (and more than ``CHEAP_MOMENT``), as long as there are twice
-    as many patches as numbers in one.
+    as many patches as numbers in one; ``LONG_ROWS`` in all where the patches are kept themselves.
 
     Parameters
     ----------
@@ -171,6 +162,8 @@ def sample(cut: Cut, shape: tuple[int, ...], rng: np.random.Generator, samples: 
     length = patch_length(spec)
     run = math.prod(shape[2:]) * spec.out_channels // (2 * length * spec.group)  # and half a moment mirrors the other
     enough = max(run, -(-max(2 * length, CHEAP_MOMENT // length**2) // max(samples, 1)))
+    if is_long(spec):
+        enough = LONG_ROWS // max(samples, 1)
     fit = ROWS_BYTES // (4 * length * max(samples, 1))
     return _positions(cut, shape, rng, max(1, min(POSITIONS, enough, fit)))
 
@@ -245,98 +238,6 @@ def _padding(spec: ConvSpec, axis: int, size: int) -> int:
     return total // 2 if spec.auto_pad == "SAME_UPPER" else total - total // 2
 
 
-class Moments:
-    """Mean and second moment of patches, summed up batch by batch."""
-
-    def __init__(self, cut: Cut) -> None:
-        self._cut = cut
-        length = patch_length(cut.layer.spec)
-        self._sum, self._fourth, self._count = np.zeros(length), 0.0, 0
-        self._upper = np.zeros((length, length), dtype=np.float32, order="F")
-        self._waiting: list[np.ndarray] = []
-
-    def add(self, rows: np.ndarray) -> None:
-        """Take in patches (rows, D); the products of few cost less together."""
-        self._waiting.append(rows)
-        if sum(map(len, self._waiting)) >= FEW_ROWS:
-            self._take()
-
-    def _take(self) -> None:
-        """Add up what waits: in float32, which is far within the sampling error."""
-        if not self._waiting:
-            return
-        rows = np.ascontiguousarray(np.concatenate(self._waiting))
-        self._waiting = []
-        self._sum += rows.sum(axis=0, dtype=np.float64)
-        # a moment is symmetric: half of the products are enough
-        self._upper = ssyrk(1.0, rows.T, beta=1.0, c=self._upper, overwrite_c=True)
-        self._fourth += float(np.square(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)).sum())
-        self._count += len(rows)
-
-    def statistics(self) -> LayerStatistics:
-        """The moments. Without a bias that could take the mean, the product has to give it: it is then said to be 0.
-
-        From n patches, an entry of the moment has a relative error of about ``sqrt(2 / n)``. It is shrunk towards a
-        multiple of the identity by as much as that costs least: few samples would else make directions that they do
-        not happen to show look free of charge.
-
-        References
-        ----------
-        Ledoit & Wolf (2004), "A well-conditioned estimator for large-dimensional covariance matrices", section 3.3.
-        """
-        self._take()
-        mean = self._sum / self._count if self._cut.bias is not None else np.zeros_like(self._sum)
-        # all that is wanted of the covariance is told by the half that is there: the whole is large, and written once
-        squared, energy = _squared(self._upper) / self._count**2, float(mean @ mean)
-        along = float(mean @ ssymv(1.0, self._upper, mean.astype(np.float32))) / self._count
-        noise = max(self._fourth / self._count - squared, 0.0) / self._count
-        scale = (np.trace(self._upper, dtype=np.float64) / self._count - energy) / len(mean)
-        spread = squared - 2 * along + energy**2 - scale**2 * len(mean)
-        share = min(1.0, noise / spread) if spread > 0 else 0.0
-        second = _mirrored(self._upper, (1 - share) / self._count)
-        if share and energy:
-            second = dger(share, mean, mean, a=second, overwrite_a=True)
-        np.einsum("dd->d", second)[...] += share * scale
-        return LayerStatistics(mean, second, self._count)
-
-
-def together(seen: Sequence[LayerStatistics]) -> LayerStatistics:
-    """What layers see that read the same kernel, and have a bias each: the mean, which those take, is said to be 0."""
-    samples = sum(each.samples for each in seen)
-    moment = sum(each.covariance * (each.samples / samples) for each in seen)
-    return LayerStatistics(np.zeros_like(seen[0].mean), np.asarray(moment), samples)
-
-
-def _squared(upper: np.ndarray) -> float:
-    """Sum of the squares of a symmetric matrix of which `upper` holds one half, in column order, and zeros."""
-    rows, diagonal = upper.T, np.diag(upper).astype(np.float64)
-    half = math.fsum(float(np.vdot(part, part)) for part in (rows[i : i + TILE] for i in range(0, len(rows), TILE)))
-    return 2 * half - float(diagonal @ diagonal)
-
-
-def _mirrored(upper: np.ndarray, factor: float) -> np.ndarray:
-    """The symmetric matrix, in float64 and times `factor`, of which `upper` holds one half."""
-    whole = np.empty(upper.shape, np.float64, order="F")
-    np.multiply(upper, factor, out=whole, dtype=np.float64)
-    for first in range(0, len(whole), TILE):
-        here = slice(first, first + TILE)
-        whole[here, here] = np.triu(whole[here, here]) + np.triu(whole[here, here], 1).T
-        for other in range(first + TILE, len(whole), TILE):
-            there = slice(other, other + TILE)
-            whole[there, here] = whole[here, there].T
-    return whole
-
-
-def patch_length(spec: ConvSpec) -> int:
-    """Length of the input patch of one output, over all groups."""
-    return spec.in_channels * math.prod(spec.kernel)
-
-
-def has_moment(spec: ConvSpec) -> bool:
-    """Whether the moment of a layer's patches can be formed, and is of use."""
-    return not spec.depthwise and patch_length(spec) <= MAX_PATCH
-
-
 def collect(
     model: Model,
     found: Found,
@@ -349,14 +250,17 @@ def collect(
 ) -> dict[str, LayerStatistics]:
     """Statistics of the inputs of the layers called `names` in the model as it is.
 
-    Layers whose patches are too long for a moment have none. The samples pass one batch after the other, and once for each set of layers whose moments fit into memory together.
+    Of layers whose patches are too long for a moment, the patches themselves. The samples pass one batch after the other, and once for each set of layers whose moments fit into memory together.
     """
     layers = {layer.name: layer for layer in found.layers}
-    usable = sorted((n for n in names if has_moment(layers[n].spec)), key=lambda name: found.places[name].position)
+    specs = {name: layers[name].spec for name in names}
+    usable = sorted(
+        (n for n in names if has_moment(specs[n]) or is_long(specs[n])), key=lambda n: found.places[n].position
+    )
     passes: list[list[str]] = []
     room = 0
     for name in usable:
-        size = 8 * patch_length(layers[name].spec) ** 2
+        size = ROWS_BYTES if is_long(specs[name]) else 8 * patch_length(specs[name]) ** 2
         if not passes or size > room:
             passes.append([])
             room = MOMENTS_BYTES
@@ -394,7 +298,7 @@ def _one_pass(
     places = list(cuts(model, found, names))
     segment = sources(model, found, names)
     running = Running(segment, feeds[0]) if segment else None
-    sums = [Moments(cut) for cut in places]
+    sums = [moments_of(cut) for cut in places]
     samples, step = count(feeds), 0
     for number, batch in enumerate(feeds):
         for part in parts(batch, step):

@@ -19,6 +19,7 @@ from scipy.interpolate import PchipInterpolator
 from onnx_lowrank.cache import UNKEPT, Kept
 from onnx_lowrank.calibration.calibrate import Activations, Loaded, count, run_segment
 from onnx_lowrank.candidates import Group, pareto, spread
+from onnx_lowrank.decompositions import fits_to
 from onnx_lowrank.decompositions.levels import NONE
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
@@ -214,6 +215,7 @@ def _drafts(
     tasks = []
     for probe in probes:
         group, seen = owners[probe.layers[0]], statistics.get(probe.layers[0])
+        seen = seen if fits_to(probe.decomposition, seen) else None
         key = methods_key(probe.decomposition), probe.rank, seen, seed
         tasks.append(group_task(group, probe, seen, seed, size=group.layers[0].spec.params, key=key))
     return run_all(draft_of, tasks, loaded_task, work=work, progress=progress, stage="analyze")

@@ -8,7 +8,7 @@ from onnx_lowrank.decompositions.joint_svd import JointBoth, JointLeft, JointRig
 from onnx_lowrank.decompositions.separable import Separable
 from onnx_lowrank.decompositions.spatial_svd import SpatialSVD
 from onnx_lowrank.decompositions.tucker2 import Tucker2
-from onnx_lowrank.types import Decomposition, member_of
+from onnx_lowrank.types import Decomposition, LayerStatistics, member_of
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
     member.name: member
@@ -27,7 +27,17 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     )
 }
 
-__all__ = ["DECOMPOSITIONS", "find_decomposition", "is_joint"]
+__all__ = ["DECOMPOSITIONS", "find_decomposition", "fits_to", "is_joint"]
+
+
+def fits_to(name: str, seen: LayerStatistics | None) -> bool:
+    """Whether a member can be fitted to what layers have `seen`: patches too long for a moment take one that goes by outputs."""
+    return seen is not None and (seen.patches is None or goes_by_outputs(name))
+
+
+def goes_by_outputs(name: str) -> bool:
+    """Whether the fit of a member to samples needs no more than the covariance of the outputs."""
+    return bool(getattr(find_decomposition(name), "by_outputs", False))
 
 
 def is_joint(name: str) -> bool:

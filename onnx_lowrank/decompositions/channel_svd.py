@@ -13,11 +13,10 @@ from onnx_lowrank.decompositions.weighted import (
     interpolated_errors,
     leading_outputs,
     level,
-    output_energy,
     output_spectrum,
 )
 from onnx_lowrank.linalg import tail_energy
-from onnx_lowrank.types import ConvSpec, Factorization
+from onnx_lowrank.types import ConvSpec, Factorization, LayerStatistics
 
 
 class SVD(MatrixDecomposition):
@@ -32,6 +31,8 @@ class SVD(MatrixDecomposition):
     """
 
     name = "svd"
+    by_outputs = True
+    """The fit to samples needs only the covariance of the outputs, and so can be had for patches of any length."""
 
     def refuses(self, specs: Sequence[ConvSpec]) -> str | None:
         return None if is_pointwise(specs[0]) else "its kernel spans positions: channel_svd is the SVD for it"
@@ -46,24 +47,24 @@ class SVD(MatrixDecomposition):
     def tensorize(self, left: np.ndarray, right: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         return right.reshape(-1, *shape[1:]), pointwise(left, len(shape) - 2)
 
-    def weighted_errors(self, weight: np.ndarray, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
-        energies = output_spectrum(self.matricize(weight), moment)
+    def weighted_errors(self, weight: np.ndarray, seen: LayerStatistics, ranks: Sequence[int]) -> np.ndarray:
+        energies = output_spectrum(seen.output_covariance(self.matricize(weight)))
         tails = tail_energy(np.sqrt(energies))
         return tails[np.minimum(ranks, len(tails) - 1)]
 
     def weighted_fit(
-        self, weight: np.ndarray, moment: np.ndarray, rank: int, iterations: int, start: np.ndarray | None
+        self, weight: np.ndarray, seen: LayerStatistics, rank: int, iterations: int, start: np.ndarray | None
     ) -> Factorization:
         """Closed form: the projection of the outputs on their `rank` principal directions."""
         target = self.matricize(weight)
         # a rank beyond the outputs' number exists only for the mirror image of a tall matrix: nothing is lost
-        basis = leading_outputs(target, moment, min(rank, len(target)))
-        left = np.zeros((len(target), rank))
+        basis = leading_outputs(seen.output_covariance(target), min(rank, len(target)))
+        left = np.zeros((len(target), rank), target.dtype)
         left[:, : basis.shape[1]] = basis
         right = left.T @ target
         missed = target - left @ right
-        total = output_energy(target, moment)
-        error = np.sqrt(max(output_energy(missed, moment), 0.0) / total) if total > 0 else 0.0
+        total = seen.output_energy(target)
+        error = np.sqrt(max(seen.output_energy(missed), 0.0) / total) if total > 0 else 0.0
         return Factorization((self.tensorize(*level(left, right), weight.shape),), float(error))
 
 
@@ -85,6 +86,7 @@ class ChannelSVDIn(ChannelSVD):
     """1x1 to r channels, then the kernel to O: matrix (O*k, I), the mirror image of :class:`ChannelSVD`."""
 
     name = "channel_svd_in"
+    by_outputs = False
 
     def stages(self, spec: ConvSpec, rank: int) -> tuple[ConvSpec, ConvSpec]:
         out, inner = spec.weight_shape[:2]
@@ -97,12 +99,13 @@ class ChannelSVDIn(ChannelSVD):
         second = np.moveaxis(left.reshape(shape[0], *shape[2:], -1), -1, 1)  # (O*k, r) -> (O, r, k...)
         return pointwise(right, len(shape) - 2), second
 
-    def weighted_errors(self, weight: np.ndarray, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
+    def weighted_errors(self, weight: np.ndarray, seen: LayerStatistics, ranks: Sequence[int]) -> np.ndarray:
+        moment = seen.covariance
         return interpolated_errors(lambda rank: fit_first_stage(weight, moment, rank, SHORT)[1].error, ranks)
 
     def weighted_fit(
-        self, weight: np.ndarray, moment: np.ndarray, rank: int, iterations: int, start: np.ndarray | None
+        self, weight: np.ndarray, seen: LayerStatistics, rank: int, iterations: int, start: np.ndarray | None
     ) -> Factorization:
-        stage, fit = fit_first_stage(weight, moment, rank, iterations, start=start)
+        stage, fit = fit_first_stage(weight, seen.covariance, rank, iterations, start=start)
         second = fit.outer.reshape(len(weight), rank, *weight.shape[2:])
         return Factorization(((pointwise(stage, weight.ndim - 2), second),), float(np.sqrt(fit.error)))

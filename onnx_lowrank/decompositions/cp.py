@@ -45,6 +45,8 @@ CHEAP = 1_000_000
 """Multiplications for a large product of a sweep (rank times entries) under which starts cost next to nothing."""
 START = 6
 """Sweeps of ALS before a weighted fit."""
+PENALTY = 3e-4
+"""Of the output energies of single terms, in weighted fits: with it they reach lower errors than without, by terms a tenth as large."""
 SWEEPS, TYPICAL = 6, 30
 """Sweeps of the fits that calibrate a prediction, and those to which they are extrapolated."""
 
@@ -168,7 +170,7 @@ class CP3:
                 weights[0],
                 statistics[0].covariance,
                 rank[0],
-                iterations_of(start, draft),
+                iterations_of(start, draft, weights[0][0].size),
                 None if start is None else start[0],
             )
             return Factorization((self._kernels(balance(factors), weights[0].shape),), math.sqrt(weighted.error))
@@ -204,7 +206,7 @@ class CP3:
             taps = [unit_columns(kernel.reshape(rank, -1).T) for kernel in begin[1:-1]]
         mapped = RankOneMap(unwhiten, tuple(small))
         start = np.concatenate([channels.T, *(tap.T for tap in taps)], axis=1)
-        found = variable_projection(target, moment, mapped, start, iterations=iterations)
+        found = variable_projection(target, moment, mapped, start, iterations=iterations, penalty=PENALTY)
         stage, *depthwise = mapped.stages(found.parameters)
         return (found.outer, *(tap.T for tap in depthwise), stage.T), found
 

@@ -16,7 +16,6 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lowrank.decompositions.matrix import is_pointwise
-from onnx_lowrank.decompositions.weighted import output_energy
 from onnx_lowrank.linalg import squared_norm
 from onnx_lowrank.types import (
     Chain,
@@ -216,8 +215,7 @@ def _energy(weights: Sequence[np.ndarray], statistics: Sequence[LayerStatistics]
     if statistics is None:
         return sum(squared_norm(weight) for weight in weights)
     return sum(
-        output_energy(weight.reshape(len(weight), -1), stats.covariance)
-        for weight, stats in zip(weights, statistics, strict=True)
+        stats.output_energy(weight.reshape(len(weight), -1)) for weight, stats in zip(weights, statistics, strict=True)
     )
 
 

@@ -38,12 +38,12 @@ class MatrixDecomposition(ABC):
         """Kernels (first, second) from the factors of a kernel of `shape`."""
 
     @abstractmethod
-    def weighted_errors(self, weight: np.ndarray, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
-        """Squared relative errors of the output, for patches of covariance `moment`."""
+    def weighted_errors(self, weight: np.ndarray, seen: LayerStatistics, ranks: Sequence[int]) -> np.ndarray:
+        """Squared relative errors of the output, for what the layer has `seen`."""
 
     @abstractmethod
     def weighted_fit(
-        self, weight: np.ndarray, moment: np.ndarray, rank: int, iterations: int, start: np.ndarray | None
+        self, weight: np.ndarray, seen: LayerStatistics, rank: int, iterations: int, start: np.ndarray | None
     ) -> Factorization:
         """The fit of least output error; an iterative one takes `iterations` from the first stage's kernel `start` on."""
 
@@ -62,7 +62,7 @@ class MatrixDecomposition(ABC):
     ) -> np.ndarray:
         picks = [rank[0] for rank in ranks]
         if statistics is not None:
-            return self.weighted_errors(np.asarray(weights[0], np.float64), statistics[0].covariance, picks)
+            return self.weighted_errors(_precise(weights[0], statistics[0]), statistics[0], picks)
         return tail_energy(spectrum(self.matricize(weights[0])))[picks]
 
     def estimate_rank(self, weights: Sequence[np.ndarray], estimator: Callable[[np.ndarray], int]) -> Rank:
@@ -79,12 +79,16 @@ class MatrixDecomposition(ABC):
         draft: bool = False,
     ) -> Factorization:
         if statistics is not None:
-            weight, moment = np.asarray(weights[0], np.float64), statistics[0].covariance
-            begin = None if start is None else start[0][0]
-            return self.weighted_fit(weight, moment, rank[0], iterations_of(start, draft), begin)
+            weight, begin = _precise(weights[0], statistics[0]), None if start is None else start[0][0]
+            return self.weighted_fit(weight, statistics[0], rank[0], iterations_of(start, draft, weight[0].size), begin)
         matrix = self.matricize(weights[0])
         left, right, error = low_rank(matrix, rank[0], rng)
         return Factorization((self.tensorize(left, right, weights[0].shape),), error)
+
+
+def _precise(weight: np.ndarray, seen: LayerStatistics) -> np.ndarray:
+    """A kernel in float64; in float32 where it is as long as the patches that are `seen`, which are so too."""
+    return np.asarray(weight, np.float64 if seen.patches is None else np.float32)
 
 
 def pointwise(kernel: np.ndarray, ndim: int) -> np.ndarray:

@@ -85,7 +85,7 @@ class Separable:
         weight, (r,) = weights[0], rank
         if statistics is not None:
             begin = None if start is None else start[0][0]
-            moment, iterations = statistics[0].covariance, iterations_of(start, draft)
+            moment, iterations = statistics[0].covariance, iterations_of(start, draft, weights[0][0].size)
             taps, fit = self._weighted(weight, moment, r, iterations, begin)
             outer, error = fit.outer, fit.error
         else:

@@ -8,7 +8,7 @@ import numpy as np
 
 from onnx_lowrank.decompositions.matrix import MatrixDecomposition
 from onnx_lowrank.decompositions.weighted import SHORT, fit_first_stage, interpolated_errors, level
-from onnx_lowrank.types import ConvSpec, Factorization
+from onnx_lowrank.types import ConvSpec, Factorization, LayerStatistics
 
 
 class SpatialSVD(MatrixDecomposition):
@@ -50,14 +50,14 @@ class SpatialSVD(MatrixDecomposition):
         second = np.moveaxis(left.reshape(out, *rest, -1), -1, 1)  # (O*kw, r) -> (O, r, kw...)
         return right.reshape(-1, inner, first, *ones), second[:, :, None]
 
-    def weighted_errors(self, weight: np.ndarray, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
-        columns = self._columns(weight)
+    def weighted_errors(self, weight: np.ndarray, seen: LayerStatistics, ranks: Sequence[int]) -> np.ndarray:
+        columns, moment = self._columns(weight), seen.covariance
         return interpolated_errors(lambda rank: fit_first_stage(columns, moment, rank, SHORT)[1].error, ranks)
 
     def weighted_fit(
-        self, weight: np.ndarray, moment: np.ndarray, rank: int, iterations: int, start: np.ndarray | None
+        self, weight: np.ndarray, seen: LayerStatistics, rank: int, iterations: int, start: np.ndarray | None
     ) -> Factorization:
-        stage, fit = fit_first_stage(self._columns(weight), moment, rank, iterations, start=start)
+        stage, fit = fit_first_stage(self._columns(weight), seen.covariance, rank, iterations, start=start)
         second, first = level(fit.outer.reshape(len(weight), rank, -1).swapaxes(1, 2).reshape(-1, rank), stage)
         return Factorization((self.tensorize(second, first, weight.shape),), float(np.sqrt(fit.error)))
 

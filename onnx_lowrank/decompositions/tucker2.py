@@ -105,7 +105,9 @@ class Tucker2:
         r_out, r_in = rank
         if statistics is not None:
             begin = None if start is None else start[0][0]
-            return self._weighted_fit(weight, statistics[0].covariance, rank, iterations_of(start, draft), begin)
+            return self._weighted_fit(
+                weight, statistics[0].covariance, rank, iterations_of(start, draft, weight[0].size), begin
+            )
         total = squared_norm(weight) or 1.0
         basis_in = leading_basis(unfold(weight, 1), r_in)
         previous, converged = np.inf, False
@@ -137,7 +139,8 @@ class Tucker2:
         def fit(r_in: int) -> float:
             stage, found = fit_first_stage(weight, moment, r_in, SHORT)
             dense = mode_dot(found.outer.reshape(len(weight), r_in, *weight.shape[2:]), stage.T, 1)
-            energies = output_spectrum(dense.reshape(len(weight), -1), moment)
+            dense = dense.reshape(len(weight), -1)
+            energies = output_spectrum(dense @ moment @ dense.T)
             tails[r_in] = np.append(np.cumsum(energies[::-1])[::-1], 0.0) / total
             return found.error
 

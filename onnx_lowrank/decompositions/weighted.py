@@ -37,10 +37,15 @@ RIDGE = 1e-9
 LONG, FURTHER, SHORT = 120, 40, 20
 """Iterations of a fit that is kept, of one that goes on from an earlier fit, and of one that only predicts."""
 
+MORE, CHEAP_PATCH = 4.0, 576
+"""Times as many where patches are short, and the length up to which an iteration takes milliseconds."""
 
-def iterations_of(start: object, draft: bool) -> int:
-    """Iterations of a fit that begins at `start`, or by itself where that is None."""
-    return SHORT if draft else LONG if start is None else FURTHER
+
+def iterations_of(start: object, draft: bool, length: int) -> int:
+    """Iterations of a fit to patches of `length` numbers that begins at `start`, or by itself where that is None."""
+    if draft:
+        return SHORT
+    return round((LONG if start is None else FURTHER) * min(MORE, max(1.0, MORE * (CHEAP_PATCH / length) ** 3)))
 
 
 WHITEN = 1e-6
@@ -77,6 +82,7 @@ def variable_projection(
     *,
     iterations: int,
     out_rank: int | None = None,
+    penalty: float = 0.0,
 ) -> WeightedFit:
     """Minimise the error of ``U T(parameters)`` against `target` in the norm of `moment`.
 
@@ -91,20 +97,25 @@ def variable_projection(
     start
         Parameters to start from.
     iterations
-        Most iterations of L-BFGS. Few are enough, and the factors stay small: later ones buy little with terms that
-        cancel each other.
+        Most iterations of L-BFGS.
     out_rank
         Rank to which U is restricted (Tucker-2); None leaves it free.
+    penalty
+        Weight of the output energies of the single features, which T is searched with: terms that cancel each other have
+        more than their sum. It keeps CP out of its swamps, where an error falls slowly while such terms grow. The U returned
+        is the best for the T found, without it.
     """
     weighted = target @ moment
     total = float(np.sum(weighted * target)) or 1.0
     shape = start.shape
 
-    def project(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def project(parameters: np.ndarray, penalty: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         mapped = inner.matrix(parameters)
         mapped_moment = mapped @ moment
         gram = mapped_moment @ mapped.T
         cross = weighted @ mapped.T
+        if penalty:
+            gram[np.diag_indices_from(gram)] *= 1 + penalty
         outer = solve_spd(gram, cross.T).T
         if out_rank is not None and out_rank < len(outer):
             basis = np.linalg.eigh(outer @ cross.T)[1][:, -out_rank:]
@@ -113,9 +124,11 @@ def variable_projection(
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         parameters = flat.reshape(shape)
-        outer, _, mapped_moment, cross = project(parameters)
+        outer, _, mapped_moment, cross = project(parameters, penalty)
         error = 1.0 - float(np.sum(outer * cross)) / total
         gradient = (-2.0 / total) * (outer.T @ (weighted - outer @ mapped_moment))
+        if penalty:
+            gradient += (2.0 * penalty / total) * np.square(outer).sum(axis=0)[:, None] * mapped_moment
         return error, inner.pullback(parameters, gradient).ravel()
 
     if iterations:
@@ -139,19 +152,19 @@ def solve_spd(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
         return np.linalg.pinv(padded, hermitian=True) @ right
 
 
-def leading_outputs(target: np.ndarray, moment: np.ndarray, rank: int) -> np.ndarray:
-    """Orthonormal basis (O, rank) of the outputs of most energy: ``U U^T W`` is the best kernel of that rank.
+def leading_outputs(covariance: np.ndarray, rank: int) -> np.ndarray:
+    """Orthonormal basis (O, rank) of most energy, of outputs with a `covariance` (O, O): ``U U^T W`` is the best kernel of that rank.
 
     The optimum of reduced-rank regression needs the eigenvectors of the output covariance only, no square root or
     inverse of S, so that a rank-deficient S is no special case.
     """
-    vectors = np.linalg.eigh(target @ moment @ target.T)[1]
+    vectors = np.linalg.eigh(covariance)[1]
     return fix_signs(vectors[:, ::-1][:, :rank])
 
 
-def output_spectrum(target: np.ndarray, moment: np.ndarray) -> np.ndarray:
+def output_spectrum(covariance: np.ndarray) -> np.ndarray:
     """Energies of the output's principal directions, descending: tails of it are the errors of every rank."""
-    return np.maximum(np.linalg.eigvalsh(target @ moment @ target.T)[::-1], 0.0)
+    return np.maximum(np.linalg.eigvalsh(covariance)[::-1], 0.0)
 
 
 def output_energy(target: np.ndarray, moment: np.ndarray) -> float:

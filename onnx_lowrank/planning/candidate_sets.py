@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from onnx_lowrank.calibration.calibrate import patch_length
+from onnx_lowrank.calibration.moments import patch_length
 from onnx_lowrank.calibration.sensitivity import agreeing, interpolated, measured
 from onnx_lowrank.candidates import Group
 from onnx_lowrank.config import METHODS
-from onnx_lowrank.decompositions import is_joint
+from onnx_lowrank.decompositions import find_decomposition, fits_to, is_joint, lift
 from onnx_lowrank.graph.sections import alike
 from onnx_lowrank.layer_tasks import candidates_of, group_task, methods_key
 from onnx_lowrank.planning.fitting import Fitting
@@ -132,6 +132,8 @@ class CandidateSets:
 
     def _task(self, index: int, group: Group, seen: list[LayerStatistics] | None) -> Task[tuple[Any, ...]]:
         run, methods = self._run, self._methods(index, group)
+        if seen and not all(fits_to(name, each) for each in seen for name in _taking(group, methods)):
+            seen = None  # by the weights alone: errors of one and the other kind do not compare
         most = EVERY_RANK if self._policy.every_rank else None
         levels = run.config.damage in ("energy", "accuracy", "combined")
         return group_task(
@@ -169,6 +171,12 @@ def _as_measured(over_several: Set, plain: Sequence[Set], seen: Sequence[Set]) -
         )
         for c in over_several
     )
+
+
+def _taking(group: Group, methods: Sequence[str]) -> list[str]:
+    """Those of `methods` that take the layers of a group."""
+    specs = [layer.spec for layer in group.owners]
+    return [name for name in methods if not lift.refuses(find_decomposition(name), specs)]
 
 
 def _of_group(group: Group, seen: Mapping[str, LayerStatistics]) -> list[LayerStatistics] | None:

@@ -8,8 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from onnx_lowrank.calibration.calibrate import Batch, collect, count, has_moment, held_apart, together
+from onnx_lowrank.calibration.calibrate import Batch, collect, count, held_apart
+from onnx_lowrank.calibration.moments import together
 from onnx_lowrank.planning.run import Run
+from onnx_lowrank.rewriting.refit import fits
 from onnx_lowrank.subject import open_config_data
 from onnx_lowrank.types import Layer, LayerStatistics
 
@@ -55,10 +57,10 @@ class Fitting:
         feeds = [feeds for feeds, _ in read]
         return mixed(feeds, config.seed) if in_order([labels for _, labels in read]) else feeds
 
-    @cached_property
-    def without(self) -> set[str]:
-        """Names of layers whose kernels cannot be fitted: they see more numbers at once than moments are formed of."""
-        return {layer.name for layer in self._run.subject.found.layers if not has_moment(layer.spec)}
+    def fits(self, decomposition: str, names: Sequence[str]) -> bool:
+        """Whether layers' kernels of this form can be fitted to samples: none of them sees too much for that."""
+        layers = {layer.name: layer for layer in self._run.subject.found.layers}
+        return all(fits(decomposition, layers[name]) for name in names)
 
     def apart(self) -> list[Batch]:
         """Samples that nothing was fitted to."""
@@ -82,7 +84,9 @@ class Fitting:
                 progress=run.progress,
             )
         for names in self.tied:
-            seen |= dict.fromkeys(names, together([seen[name] for name in names])) if names[0] in seen else {}
+            parts = [seen.pop(name) for name in names if name in seen]
+            if parts and parts[0].patches is None:
+                seen |= dict.fromkeys(names, together(parts))
         return seen
 
     @property

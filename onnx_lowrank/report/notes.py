@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnx_lowrank import runtime
-from onnx_lowrank.calibration.calibrate import MAX_PATCH
+from onnx_lowrank.calibration.moments import LONGEST_PATCH, MAX_PATCH
 from onnx_lowrank.planning.planner import Planner
 from onnx_lowrank.report.data import TargetResult
 from onnx_lowrank.rewriting.rewrite import LayerReport
@@ -71,11 +71,12 @@ def advice(planner: Planner, layers: Sequence[LayerReport], accuracy: Accuracy, 
         notes.append(
             f"layers were fitted on {used} of {given} calibration samples: the activations of more do not fit into memory"
         )
-    long = [layer.name for layer in layers if planner.fitting.wanted and layer.name in planner.fitting.without]
+    fitting = planner.fitting
+    long = [x.name for x in layers if fitting.wanted and not fitting.fits(x.decomposition, [x.name])]
     if long:
         notes.append(
             f"{len(long)} layer(s) see more than {MAX_PATCH:,} numbers at once, and were decomposed by their weights alone: "
-            f"{', '.join(long[:3])}"
+            f"{', '.join(long[:3])}; svd and channel_svd are fitted to up to {LONGEST_PATCH:,}"
         )
     if planner.unrest > BUSY:
         notes.append(

@@ -25,24 +25,20 @@ from onnx_lowrank.cache.keys import member_key
 from onnx_lowrank.calibration.calibrate import (
     HELD_OUT,
     Activations,
-    Moments,
-    has_moment,
     input_rows,
     output_rows,
     run_segment,
     sample,
 )
-from onnx_lowrank.decompositions import find_decomposition, is_joint, lift
+from onnx_lowrank.calibration.moments import has_moment, is_long, moments_of
+from onnx_lowrank.decompositions import find_decomposition, fits_to, goes_by_outputs, is_joint, lift
 from onnx_lowrank.decompositions.joint_fit import SeenKernel
 from onnx_lowrank.decompositions.joint_svd import JointSVD
-from onnx_lowrank.decompositions.weighted import solve_spd
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, cuts, island_of
-from onnx_lowrank.types import Candidate, Chain, Factorization, LayerStatistics, Progress
-
-RIDGES = (1e-3, 1e-2, 1e-1, np.inf)
-"""Pulls of the regression towards the original kernel, relative to the mean variance of the inputs; the last keeps it."""
+from onnx_lowrank.rewriting.regression import regression_of
+from onnx_lowrank.types import Candidate, Chain, Factorization, Layer, LayerStatistics, Progress
 
 RECTIFIED_ROUNDS = 3
 """Fits after the first, at most, to targets that a following ReLU leaves free."""
@@ -127,7 +123,7 @@ def _layer(
     """One layer's fit and the shift of its bias, from what was made `before` for layers that it shares kernels with."""
     choice, cut = seen.choice, seen.cut
     together = is_joint(choice.decomposition) and len(choice.layers) > 1
-    if before is None and (together or not _fits(choice, cut)):
+    if before is None and (together or len(choice.layers) > 1 or not fits(choice.decomposition, cut.layer)):
         before = _plain(choice, cut, found, statistics, rng).stored(cut.layer.dtype)
     if before is None:
         return _fitted(seen, rng)
@@ -156,9 +152,9 @@ def _put(
         compressed.shift(cut, shift)
 
 
-def _fits(choice: Candidate, cut: Cut) -> bool:
-    """Whether the chain can be fitted to data: one plain layer with patches of bearable length."""
-    return len(choice.layers) == 1 and has_moment(cut.layer.spec)
+def fits(decomposition: str, layer: Layer) -> bool:
+    """Whether a layer's kernels of this form can be fitted to data: its patches are not too long for that."""
+    return has_moment(layer.spec) or (is_long(layer.spec) and goes_by_outputs(decomposition))
 
 
 def _plain(
@@ -169,7 +165,7 @@ def _plain(
     if is_joint(choice.decomposition):
         by_name = {layer.name: layer for layer in found.layers}
         layers = [by_name[name] for name in choice.layers]
-    known = all(layer.name in statistics for layer in layers)
+    known = all(fits_to(choice.decomposition, statistics.get(layer.name)) for layer in layers)
     seen = [statistics[layer.name] for layer in layers] if known else None
     weights = [layer.read_weight() for layer in layers]
     return lift.factorize(decomposition, [layer.spec for layer in layers], weights, choice.rank, seen, rng=rng)
@@ -317,7 +313,7 @@ def _held_out(cut: Cut, outputs: Sequence[np.ndarray], where: Sequence[np.ndarra
 
 def _scaled(kernel: np.ndarray, by: np.ndarray) -> np.ndarray:
     """A kernel (O, ...) with each row times its number."""
-    return kernel * by.reshape(-1, *(1,) * (kernel.ndim - 1))
+    return kernel * by.astype(kernel.dtype).reshape(-1, *(1,) * (kernel.ndim - 1))
 
 
 class _Fit:
@@ -326,13 +322,15 @@ class _Fit:
     def __init__(self, seen: _Seen, rng: np.random.Generator, given: Sequence[np.ndarray] | None = None) -> None:
         self._seen, self._rng, self._given = seen, rng, given
         self._layer = seen.cut.layer
-        self._weight = lift.by_output(self._layer.spec, np.asarray(self._layer.read_weight(), dtype=np.float64))
         inputs = seen.inputs()
-        self._inputs, self._apart = inputs[~seen.held], inputs[seen.held]
-        moments = Moments(seen.cut)
-        moments.add(self._inputs)
+        fitted = inputs[~seen.held]
+        moments = moments_of(seen.cut)
+        moments.add(fitted)
         self._statistics = moments.statistics()
-        self._ridge: float | None = None
+        precise = np.float64 if self._statistics.patches is None else np.float32
+        weight = lift.by_output(self._layer.spec, np.asarray(self._layer.read_weight(), dtype=precise))
+        apart = inputs[seen.held]
+        self._regression = regression_of(weight, self._layer.spec.group, self._statistics, fitted, apart)
         self._made: Factorization | None = None
 
     def round(self, targets: np.ndarray) -> Factorization:
@@ -340,15 +338,11 @@ class _Fit:
         stats, cut, held = self._statistics, self._seen.cut, self._seen.held
         targets = targets / np.float32(cut.gain)
         wanted = targets[~held]
-        cross = (wanted.T @ self._inputs).astype(np.float64) / len(wanted)
         mean = wanted.mean(axis=0, dtype=np.float64) if cut.bias is not None else np.zeros(wanted.shape[1])
-        cross -= np.outer(mean, stats.mean)
         weights = self._seen.weights
         # on matrices of this size a second thread costs more than it brings
         with threadpool_limits(1 if len(stats.mean) < SMALL_PATCH else None):
-            if self._ridge is None:
-                self._ridge = self._best_ridge(cross, mean, targets[held])
-            kernel = self._regression(cross, self._ridge)
+            kernel = self._regression.kernel(wanted, mean, targets[held], weights)
             if self._given is not None:
                 return self._own(kernel, self._given)
             made = lift.factorize(
@@ -375,39 +369,3 @@ class _Fit:
         error = float(np.sqrt(seen.error(first, second)))
         self._given = (first, second)
         return Factorization(((first, second),), error).stored(self._layer.dtype)
-
-    def _best_ridge(self, cross: np.ndarray, mean: np.ndarray, targets: np.ndarray) -> float:
-        """The ridge whose kernel, at full rank, is nearest to the targets of the samples held out."""
-        if not len(targets):
-            return RIDGES[0]
-        errors = []
-        for ridge in RIDGES:
-            kernel = self._regression(cross, ridge)
-            missed = (targets - mean - self._product(kernel)) * self._seen.weights
-            errors.append(float(np.square(missed).sum()))
-        return RIDGES[int(np.argmin(errors))]
-
-    def _product(self, kernel: np.ndarray) -> np.ndarray:
-        """What a kernel makes of the inputs held out, less their mean in the fit: (rows, O)."""
-        group = self._layer.spec.group
-        inputs = np.split(self._apart - self._statistics.mean.astype(np.float32), group, axis=1)
-        blocks = np.split(kernel.reshape(len(kernel), -1).astype(np.float32), group)
-        return np.concatenate([x @ block.T for x, block in zip(inputs, blocks, strict=True)], axis=1)
-
-    def _regression(self, cross: np.ndarray, ridge: float) -> np.ndarray:
-        """The full-rank kernel that best gives the targets from the inputs, pulled towards the original one.
-
-        ``(E[y x^T] + l W)(E[x x^T] + l I)^{-1}`` of the centred moments, each group of channels by itself.
-        """
-        group, stats = self._layer.spec.group, self._statistics
-        if ridge == np.inf:
-            return self._weight
-        parts = []
-        for index, block in enumerate(np.split(self._weight.reshape(len(self._weight), -1), group)):
-            covariance = stats.of_group(index, group).covariance
-            pull = ridge * np.trace(covariance) / len(covariance) or 1.0
-            outs = slice(index * len(block), (index + 1) * len(block))
-            ins = slice(index * len(covariance), (index + 1) * len(covariance))
-            padded = covariance + pull * np.eye(len(covariance))
-            parts.append(solve_spd(padded, (cross[outs, ins] + pull * block).T).T)
-        return np.concatenate(parts).reshape(self._weight.shape)

@@ -17,7 +17,7 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.splice import Replacement, splice
 from onnx_lowrank.layer_tasks import factorize_group, group_task, loaded_task, methods_key
 from onnx_lowrank.rewriting.correction import corrected_biases
-from onnx_lowrank.rewriting.refit import refit
+from onnx_lowrank.rewriting.refit import fits, refit
 from onnx_lowrank.types import Candidate, Chain, Factorization, Layer, LayerStatistics, LowRankError, Plan, Progress
 from onnx_lowrank.work.parallel import run_all
 from onnx_lowrank.work.tasks import Work
@@ -210,7 +210,7 @@ def rewrite(
             factorization.converged,
             factorization.next_step,
             nodes[layer.name],
-            bool(feeds),
+            bool(feeds) and fits(choice.decomposition, layer),
         )
         for group, layer, chain, choice, factorization, first in reports
     )

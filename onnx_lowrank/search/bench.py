@@ -202,11 +202,9 @@ class Bench:
         """
         plans = [self.planner.on_target(each) for each in (plan, *others)]
         plan = plans[0]
-        changed = {name for choice in plan.choices if not choice.dense for name in choice.layers}
-        fitted = self.planner.fitting.wanted and not changed <= self.planner.fitting.without
-        variants = [(each, self.planner.fitting.wanted) for each in plans] + (
-            [(plan.with_notes(UNFITTED), False)] if fitted else []
-        )
+        fitting = self.planner.fitting
+        fitted = fitting.wanted and any(fitting.fits(c.decomposition, c.layers) for c in plan.choices if not c.dense)
+        variants = [(each, fitting.wanted) for each in plans] + ([(plan.with_notes(UNFITTED), False)] if fitted else [])
         made = []
         for each, fit in variants:
             model, layers = self.planner.carry_out(each, fit=fit)

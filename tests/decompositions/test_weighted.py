@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import check_grad
 
-from onnx_lowrank.decompositions import DECOMPOSITIONS, lift
+from onnx_lowrank.decompositions import DECOMPOSITIONS, cp, lift
 from onnx_lowrank.decompositions.weighted import (
     ChannelMap,
     DepthwiseMap,
@@ -181,6 +181,31 @@ def test_no_perturbation_of_the_closed_form_lowers_the_error(name: str, spec: Co
             assert error(*(k + size * k.std() * rng.standard_normal(k.shape) for k in factors)) >= best
 
 
+@pytest.mark.parametrize(
+    ("name", "spec"), [("channel_svd", SPEC), ("svd", ConvSpec((OUT, 9 * IN)))], ids=["channel_svd", "svd"]
+)
+def test_long_patches_give_the_fit_that_their_moment_gives(name: str, spec: ConvSpec) -> None:
+    rng = np.random.default_rng(8)
+    patches = (rng.standard_normal((50, 9 * IN)) * np.exp(-np.arange(9 * IN) / 15)).astype(np.float32)
+    patches -= patches.mean(axis=0)
+    share, variance = 0.2, float(np.square(patches).mean())
+    covariance = (1 - share) * patches.T.astype(np.float64) @ patches / 50 + share * variance * np.eye(9 * IN)
+    mean, weight = np.zeros(9 * IN), kernel().reshape(spec.weight_shape)
+    long = LayerStatistics(mean, np.empty((0, 0)), 50, patches, (share, variance))
+    short = LayerStatistics(mean, covariance, 50)
+
+    def reached(stats: LayerStatistics) -> tuple[float, float]:
+        made = lift.factorize(DECOMPOSITIONS[name], [spec], [weight], (5,), [stats], rng=rng)
+        first, second = made.kernels[0]
+        whole = second.reshape(OUT, -1) @ first.reshape(5, -1)
+        return output_error(weight, whole, covariance), made.relative_error**2
+
+    assert reached(long) == pytest.approx(reached(short), rel=1e-3)
+    ranks = [(r,) for r in (1, 5, 9)]
+    predicted = [lift.errors(DECOMPOSITIONS[name], [spec], [weight], ranks, [stats]) for stats in (long, short)]
+    np.testing.assert_allclose(predicted[0], predicted[1], rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["channel_svd_in", "spatial_svd", "tucker2", "cp3", "cp4", "separable"])
 def test_no_perturbation_of_the_last_stage_lowers_the_error(name: str) -> None:
     stats, weight, rng = seen(), kernel(), np.random.default_rng(6)
@@ -193,8 +218,10 @@ def test_no_perturbation_of_the_last_stage_lowers_the_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["channel", "spatial", "rank one", "rank one of two", "depthwise"])
-@pytest.mark.parametrize("out_rank", [None, 4])
-def test_the_gradient_is_that_of_finite_differences(kind: str, out_rank: int | None, monkeypatch) -> None:
+@pytest.mark.parametrize(("out_rank", "penalty"), [(None, 0.0), (None, 0.1), (4, 0.0)])
+def test_the_gradient_is_that_of_finite_differences(
+    kind: str, out_rank: int | None, penalty: float, monkeypatch
+) -> None:
     stats, target = seen(), kernel().reshape(OUT, -1)
     _, unwhiten = root_and_inverse(block_mean(stats.covariance, IN, 9, keep="outer"))
     _, rows = root_and_inverse(block_mean(stats.covariance, IN * 3, 3, keep="outer"))
@@ -215,16 +242,31 @@ def test_the_gradient_is_that_of_finite_differences(kind: str, out_rank: int | N
 
     monkeypatch.setattr("onnx_lowrank.decompositions.weighted.minimize", catch)
     with pytest.raises(StopIteration):
-        variable_projection(target, stats.covariance, inner, start, iterations=1, out_rank=out_rank)
+        variable_projection(target, stats.covariance, inner, start, iterations=1, out_rank=out_rank, penalty=penalty)
     (objective,) = caught
     scale = np.linalg.norm(objective(start.ravel())[1])
     off = check_grad(lambda p: objective(p)[0], lambda p: objective(p)[1], start.ravel(), epsilon=1e-6)
     assert off < 1e-3 * scale
 
 
+def test_terms_that_cancel_each_other_are_kept_out_of_cp_at_no_cost_in_error(monkeypatch) -> None:
+    stats, usual = seen(), cp.PENALTY
+
+    def reached(penalty: float) -> tuple[float, float]:
+        monkeypatch.setattr(cp, "PENALTY", penalty)
+        made = fitted("cp3", RANKS["cp3"], stats)
+        first, second, third = (k.reshape(len(k), -1) for k in made.kernels[0])
+        terms = np.square(third).sum(axis=0) * np.square(second).sum(axis=1) * np.square(first).sum(axis=1)
+        return made.relative_error, float(terms.sum() / np.square(composed("cp3", made.kernels[0])).sum())
+
+    (free, large), (held, small) = reached(0.0), reached(usual)
+    assert held <= 1.02 * free
+    assert 3 * small < large
+
+
 def test_reduced_rank_regression_keeps_the_outputs_of_most_energy() -> None:
     target, moment = np.diag([3.0, 2.0, 1.0]), np.diag([1.0, 9.0, 1.0])
-    basis = leading_outputs(target, moment, 1)
+    basis = leading_outputs(target @ moment @ target.T, 1)
     np.testing.assert_allclose(np.abs(basis[:, 0]), [0, 1, 0], atol=1e-12)  # 2^2 * 9 is more than 3^2 * 1
     assert output_energy(target, moment) == pytest.approx(9 + 36 + 1)
 

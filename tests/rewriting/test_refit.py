@@ -10,6 +10,7 @@ import pytest
 
 import models
 import onnx_lowrank as lr
+from onnx_lowrank.calibration import moments
 from onnx_lowrank.rewriting.refit import refit
 from onnx_lowrank.types import Factorization
 from tests.helpers import arrays, normal, parse, run
@@ -36,6 +37,19 @@ def test_unlabelled_samples_bring_the_outputs_back(methods: str) -> None:
     aware = lr.apply(models.DIGITS, plan, calibrate=samples())
     assert aware.report.compressed.macs == blind.report.compressed.macs
     assert error(aware.model) < 0.6 * error(blind.model)  # on pictures that the fit has not seen
+
+
+def test_layers_that_see_long_patches_are_fitted_where_a_closed_form_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "MAX_PATCH", 8)
+    options: dict[str, Any] = {"calibrate": samples(), "budget": {"macs": 0.3}, "jobs": 1}
+    aware = lr.compress(models.DIGITS, methods="channel_svd,svd", **options)
+    blind = lr.compress(models.DIGITS, methods="channel_svd,svd", jobs=1, budget={"macs": 0.3})
+    assert {layer.fitted for layer in aware.report.layers} == {True}
+    assert error(aware.model) < 0.6 * error(blind.model)
+    assert not any("by their weights alone" in note for note in aware.report.notes)
+    other = lr.compress(models.DIGITS, methods="spatial_svd,svd", **options)
+    assert {layer.decomposition: layer.fitted for layer in other.report.layers}["spatial_svd"] is False
+    assert any("by their weights alone" in note for note in other.report.notes)
 
 
 def test_the_same_samples_and_seed_give_the_same_bytes() -> None:

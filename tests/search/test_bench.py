@@ -13,7 +13,7 @@ import pytest
 
 import models
 import onnx_lowrank as lr
-from onnx_lowrank.calibration import calibrate
+from onnx_lowrank.calibration import moments
 from onnx_lowrank.calibration.calibrate import HELD_OUT
 from onnx_lowrank.config import make_config
 from onnx_lowrank.graph.model import load
@@ -201,9 +201,9 @@ def test_where_fits_to_samples_do_worse_on_others_the_weights_alone_are_taken_an
 def test_layers_that_see_too_much_to_be_fitted_are_told_and_not_blamed_on_the_samples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calibrate, "MAX_PATCH", 8)
+    monkeypatch.setattr(moments, "MAX_PATCH", 8)
     pictures = arrays(models.DIGITS_CALIBRATE)["input"][:64]
-    notes = lr.compress(models.DIGITS, calibrate=[{"input": pictures}], methods="channel_svd", include="*conv2*", budget={"macs": 0.9},
+    notes = lr.compress(models.DIGITS, calibrate=[{"input": pictures}], methods="spatial_svd", include="*conv2*", budget={"macs": 0.9},
                         jobs=1).report.notes  # fmt: skip
     assert bench_module.UNFITTED not in notes
     assert any("layer(s) see more than" in note and "by their weights alone" in note for note in notes)
