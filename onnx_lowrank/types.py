@@ -253,23 +253,24 @@ class LayerStatistics:
         if self.patches is None:
             return kernel @ self.covariance @ kernel.T
         share, variance = self.shrinkage
-        outputs, own = self._outputs(kernel), kernel @ kernel.T
-        return (1 - share) / self.samples * (outputs @ outputs.T) + share * variance * own.astype(np.float64)
+        kernel, outputs = self._seen_by(kernel)
+        own = (kernel @ kernel.T).astype(np.float64)
+        return (1 - share) / self.samples * (outputs @ outputs.T) + share * variance * own
 
     def output_energy(self, kernel: np.ndarray) -> float:
         """Trace of :meth:`output_covariance`: mean energy of the outputs."""
         if self.patches is None:
             return float(np.sum((kernel @ self.covariance) * kernel))
         share, variance = self.shrinkage
-        outputs = self._outputs(kernel)
-        return float(
-            (1 - share) / self.samples * np.vdot(outputs, outputs) + share * variance * np.vdot(kernel, kernel)
-        )
+        kernel, outputs = self._seen_by(kernel)
+        own = float(np.vdot(kernel, kernel))
+        return (1 - share) / self.samples * float(np.vdot(outputs, outputs)) + share * variance * own
 
-    def _outputs(self, kernel: np.ndarray) -> np.ndarray:
-        """What `kernel` makes of the patches, (O, samples)."""
+    def _seen_by(self, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`kernel` in the precision of the patches, and what it makes of them, (O, samples)."""
         assert self.patches is not None
-        return (kernel @ self.patches.T).astype(np.float64)
+        kernel = kernel.astype(np.float32, copy=False)
+        return kernel, (kernel @ self.patches.T).astype(np.float64)
 
     def of_group(self, index: int, groups: int) -> LayerStatistics:
         """The part that one group of channels sees."""

@@ -150,7 +150,7 @@ def sample(cut: Cut, shape: tuple[int, ...], rng: np.random.Generator, samples: 
     shape
         Of the layer's output on the batch.
     samples
-        How many there are in all batches.
+        How many there are in all batches; of a flattened activation, how many rows.
 
     Returns
     -------
@@ -165,7 +165,11 @@ def sample(cut: Cut, shape: tuple[int, ...], rng: np.random.Generator, samples: 
     if is_long(spec):
         enough = LONG_ROWS // max(samples, 1)
     fit = ROWS_BYTES // (4 * length * max(samples, 1))
-    return _positions(cut, shape, rng, max(1, min(POSITIONS, enough, fit)))
+    where = _positions(cut, shape, rng, max(1, min(POSITIONS, enough, fit)))
+    if is_long(spec):
+        most = -(-min(LONG_ROWS, ROWS_BYTES // (4 * length)) * shape[0] // max(samples, 1))
+        where = where[np.sort(rng.permutation(len(where))[:most])]
+    return where
 
 
 def _positions(cut: Cut, shape: tuple[int, ...], rng: np.random.Generator, most: int) -> np.ndarray:
@@ -311,7 +315,10 @@ def _one_pass(
             for index, cut in enumerate(places):
                 source = current[cut.source]
                 rng = np.random.default_rng([seed, index, number])
-                sums[index].add(input_rows(cut, source, sample(cut, cut.output_shape(source.shape), rng, samples)))
+                shape = cut.output_shape(source.shape)
+                # rows of a flattened activation are more than its samples
+                total = samples * shape[0] // count([part])
+                sums[index].add(input_rows(cut, source, sample(cut, shape, rng, total)))
         done(number + 1)
     return {cut.layer.name: each.statistics() for cut, each in zip(places, sums, strict=True)}
 

@@ -18,7 +18,7 @@ LONGEST_PATCH = 65536
 """Longest patch that is looked at: beyond that the patches of a few thousand samples take half a gigabyte."""
 
 LONG_ROWS = 4096
-"""Patches kept, at most, where no moment is formed of them: as many as samples, if those are more."""
+"""Patches kept, at most, where no moment is formed of them."""
 
 FEW_ROWS = 2048
 """Patches worth a product of their own."""

@@ -46,7 +46,7 @@ CHEAP = 1_000_000
 START = 6
 """Sweeps of ALS before a weighted fit."""
 PENALTY = 3e-4
-"""Of the output energies of single terms, in weighted fits: with it they reach lower errors than without, by terms a tenth as large."""
+"""Of the output energies of single terms, in weighted fits: with it they reach lower errors than without, by terms a fifth as large."""
 SWEEPS, TYPICAL = 6, 30
 """Sweeps of the fits that calibrate a prediction, and those to which they are extrapolated."""
 

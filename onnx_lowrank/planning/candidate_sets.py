@@ -176,7 +176,8 @@ def _as_measured(over_several: Set, plain: Sequence[Set], seen: Sequence[Set]) -
 def _taking(group: Group, methods: Sequence[str]) -> list[str]:
     """Those of `methods` that take the layers of a group."""
     specs = [layer.spec for layer in group.owners]
-    return [name for name in methods if not lift.refuses(find_decomposition(name), specs)]
+    alike = [name for name in methods if is_joint(name) == group.joint]
+    return [name for name in alike if not lift.refuses(find_decomposition(name), specs)]
 
 
 def _of_group(group: Group, seen: Mapping[str, LayerStatistics]) -> list[LayerStatistics] | None:

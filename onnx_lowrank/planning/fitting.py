@@ -10,6 +10,7 @@ import numpy as np
 
 from onnx_lowrank.calibration.calibrate import Batch, collect, count, held_apart
 from onnx_lowrank.calibration.moments import together
+from onnx_lowrank.candidates import Group
 from onnx_lowrank.planning.run import Run
 from onnx_lowrank.rewriting.refit import fits
 from onnx_lowrank.subject import open_config_data
@@ -60,7 +61,7 @@ class Fitting:
     def fits(self, decomposition: str, names: Sequence[str]) -> bool:
         """Whether layers' kernels of this form can be fitted to samples: none of them sees too much for that."""
         layers = {layer.name: layer for layer in self._run.subject.found.layers}
-        return all(fits(decomposition, layers[name]) for name in names)
+        return fits(decomposition, [layers[name] for name in names])
 
     def apart(self) -> list[Batch]:
         """Samples that nothing was fitted to."""
@@ -77,17 +78,19 @@ class Fitting:
             seen = collect(
                 run.subject.model,
                 run.subject.found,
-                [name for group in run.subject.groups for name in group.names],
+                [name for group in run.subject.groups if self._looked_at(group) for name in group.names],
                 held_apart(feeds)[0],
                 seed=run.config.seed,
                 kept=run.kept,
                 progress=run.progress,
             )
         for names in self.tied:
-            parts = [seen.pop(name) for name in names if name in seen]
-            if parts and parts[0].patches is None:
-                seen |= dict.fromkeys(names, together(parts))
+            seen |= dict.fromkeys(names, together([seen[name] for name in names])) if names[0] in seen else {}
         return seen
+
+    def _looked_at(self, group: Group) -> bool:
+        """Whether some method asked for can be fitted to what a group sees."""
+        return any(fits(name, group.layers) for name in self._run.config.methods)
 
     @property
     def tied(self) -> list[tuple[str, ...]]:

@@ -72,7 +72,8 @@ def advice(planner: Planner, layers: Sequence[LayerReport], accuracy: Accuracy, 
             f"layers were fitted on {used} of {given} calibration samples: the activations of more do not fit into memory"
         )
     fitting = planner.fitting
-    long = [x.name for x in layers if fitting.wanted and not fitting.fits(x.decomposition, [x.name])]
+    tied = {name: group.names for group in planner.subject.groups for name in group.names}
+    long = [x.name for x in layers if fitting.wanted and not fitting.fits(x.decomposition, tied[x.name])]
     if long:
         notes.append(
             f"{len(long)} layer(s) see more than {MAX_PATCH:,} numbers at once, and were decomposed by their weights alone: "

@@ -123,7 +123,7 @@ def _layer(
     """One layer's fit and the shift of its bias, from what was made `before` for layers that it shares kernels with."""
     choice, cut = seen.choice, seen.cut
     together = is_joint(choice.decomposition) and len(choice.layers) > 1
-    if before is None and (together or len(choice.layers) > 1 or not fits(choice.decomposition, cut.layer)):
+    if before is None and (together or len(choice.layers) > 1 or not fits(choice.decomposition, [cut.layer])):
         before = _plain(choice, cut, found, statistics, rng).stored(cut.layer.dtype)
     if before is None:
         return _fitted(seen, rng)
@@ -152,9 +152,10 @@ def _put(
         compressed.shift(cut, shift)
 
 
-def fits(decomposition: str, layer: Layer) -> bool:
-    """Whether a layer's kernels of this form can be fitted to data: its patches are not too long for that."""
-    return has_moment(layer.spec) or (is_long(layer.spec) and goes_by_outputs(decomposition))
+def fits(decomposition: str, layers: Sequence[Layer]) -> bool:
+    """Whether kernels of this form, of layers that are decomposed together, can be fitted to data: patches are not too long."""
+    long = len(layers) == 1 and is_long(layers[0].spec) and goes_by_outputs(decomposition)
+    return long or all(has_moment(layer.spec) for layer in layers)
 
 
 def _plain(

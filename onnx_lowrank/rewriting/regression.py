@@ -1,9 +1,9 @@
 """The full-rank kernel that best gives a layer's targets from its inputs: ridge regression, pulled towards its own kernel.
 
 With rows of inputs X and targets Y, both less their means, a kernel W and a pull l, the kernel ``W + D`` of least
-``|Y - X (W + D)^T|^2 / n + l |D|^2``, in one of two forms of the same: by the moments of the inputs,
-``(Y^T X / n + l W)(X^T X / n + l I)^{-1}``, or where these are too large, by the products of the rows,
-``W + (Y - X W^T)^T (X X^T + n l I)^{-1} X``.
+``|Y - X (W + D)^T|^2 / n + l |D|^2``: by the moments of the inputs, ``(Y^T X / n + l W)(X^T X / n + l I)^{-1}``, whose
+covariance is shrunk, or where these are too large, by the products of the rows, ``W + (Y - X W^T)^T (X X^T + n l I)^{-1} X``,
+which need not be.
 
 References
 ----------
@@ -35,15 +35,13 @@ class Regression(ABC):
         Groups of channels, each regressed by itself.
     statistics
         Of the inputs that are fitted to.
-    inputs, apart
-        Rows of the inputs fitted to and of those held out, (n, D) over all groups, float32.
+    apart
+        Rows of the inputs held out, (n, D) over all groups, float32.
     """
 
-    def __init__(
-        self, weight: np.ndarray, group: int, statistics: LayerStatistics, inputs: np.ndarray, apart: np.ndarray
-    ) -> None:
+    def __init__(self, weight: np.ndarray, group: int, statistics: LayerStatistics, apart: np.ndarray) -> None:
         self._weight, self._group, self._statistics = weight, group, statistics
-        self._inputs, self._apart = inputs, apart
+        self._apart = apart
         self._ridge: float | None = None
 
     def kernel(self, wanted: np.ndarray, mean: np.ndarray, apart: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -75,6 +73,12 @@ class Regression(ABC):
 
 class ByMoments(Regression):
     """By the moments of the inputs."""
+
+    def __init__(
+        self, weight: np.ndarray, group: int, statistics: LayerStatistics, inputs: np.ndarray, apart: np.ndarray
+    ) -> None:
+        super().__init__(weight, group, statistics, apart)
+        self._inputs = inputs
 
     def _aim(self, wanted: np.ndarray, mean: np.ndarray) -> None:
         cross = (wanted.T @ self._inputs).astype(np.float64) / len(wanted)
@@ -157,5 +161,6 @@ def regression_of(
     weight: np.ndarray, group: int, statistics: LayerStatistics, inputs: np.ndarray, apart: np.ndarray
 ) -> Regression:
     """The regression in the form that what the layer has seen allows."""
-    form = ByMoments if statistics.patches is None else ByPatches
-    return form(weight, group, statistics, inputs, apart)
+    if statistics.patches is None:
+        return ByMoments(weight, group, statistics, inputs, apart)
+    return ByPatches(weight, group, statistics, apart)

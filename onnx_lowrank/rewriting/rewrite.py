@@ -210,7 +210,7 @@ def rewrite(
             factorization.converged,
             factorization.next_step,
             nodes[layer.name],
-            bool(feeds) and fits(choice.decomposition, layer),
+            bool(feeds) and fits(choice.decomposition, group.layers),
         )
         for group, layer, chain, choice, factorization, first in reports
     )

@@ -53,6 +53,28 @@ def test_of_patches_longer_than_that_nothing_is_kept(monkeypatch: pytest.MonkeyP
     assert not collected(monkeypatch, limit=10, longest=LENGTH - 1)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_kernels_of_any_precision_are_seen_in_that_of_the_patches(dtype: type) -> None:
+    patches = 30 * normal(20, 9000)
+    seen = LayerStatistics(np.zeros(9000), np.empty((0, 0)), 20, patches, (0.5, 900.0))
+    kernel = normal(8, 9000, seed=3).astype(dtype)
+    assert np.isfinite(seen.output_energy(kernel))
+    assert np.trace(seen.output_covariance(kernel)) == pytest.approx(seen.output_energy(kernel), rel=1e-4)
+
+
+def test_rows_of_a_flattened_activation_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "MAX_PATCH", 10)
+    monkeypatch.setattr("onnx_lowrank.calibration.calibrate.LONG_ROWS", 48)
+    text = """g (float[N, 5, 12] x) => (float[M, 4] y) {
+      flat = Reshape (x, shape)
+      [layer] y = Gemm (flat, w)
+    }"""
+    model, found = opened(parse(text, w=normal(12, 4), shape=np.array([-1, 12])))
+    batches = [{"x": normal(20, 5, 12, seed=s)} for s in range(3)]
+    seen = collect(model, found, ["layer"], batches, seed=0, progress=no_progress)["layer"]
+    assert seen.samples == 48  # of 300 rows
+
+
 def test_no_more_long_patches_are_kept_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnx_lowrank.calibration.calibrate.LONG_ROWS", 48)
     assert collected(monkeypatch, limit=10)["layer"].samples == 48  # two of each of 24 samples

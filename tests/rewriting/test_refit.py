@@ -52,6 +52,20 @@ def test_layers_that_see_long_patches_are_fitted_where_a_closed_form_allows_it(m
     assert any("by their weights alone" in note for note in other.report.notes)
 
 
+def test_a_kernel_that_several_layers_read_is_not_fitted_to_long_patches_and_that_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(moments, "MAX_PATCH", 8)
+    text = """g (float[N, 8, 5, 5] x) => (float[N, 8, 5, 5] y) {
+      [one] a = Conv <pads = [1,1,1,1]> (x, w)
+      [two] y = Conv <pads = [1,1,1,1]> (a, w)
+    }"""
+    model, x = parse(text, w=normal(8, 8, 3, 3)), normal(64, 8, 5, 5, seed=1)
+    report = lr.compress(model, calibrate=[{"x": x}], budget={"macs": 0.5}, methods="channel_svd", jobs=1).report
+    assert [layer.fitted for layer in report.layers] == [False, False]
+    assert any("2 layer(s) see more than" in note for note in report.notes)
+
+
 def test_the_same_samples_and_seed_give_the_same_bytes() -> None:
     made = [
         lr.compress(models.DIGITS, calibrate=samples(), budget={"macs": 0.4}, methods="channel_svd,svd")

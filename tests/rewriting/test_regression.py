@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_lowrank.rewriting.regression import RIDGES, ByMoments, ByPatches, Regression
+from onnx_lowrank.rewriting.regression import RIDGES, ByMoments, ByPatches, Regression, regression_of
 from onnx_lowrank.types import LayerStatistics
 
 ROWS, LENGTH, OUT = 60, 12, 6
@@ -28,7 +28,9 @@ def regression(form: type[Regression], weight: np.ndarray, group: int, inputs: n
     moment, patches = fitted.T.astype(np.float64) @ fitted / len(fitted), (fitted - mean).astype(np.float32)
     by_moment = LayerStatistics(mean, moment, len(fitted))
     stats = by_moment if form is ByMoments else LayerStatistics(mean, np.empty((0, 0)), len(fitted), patches)
-    return form(weight, group, stats, fitted, apart)
+    made = regression_of(weight, group, stats, fitted, apart)
+    assert type(made) is form
+    return made
 
 
 @pytest.mark.parametrize("group", [1, 2])
