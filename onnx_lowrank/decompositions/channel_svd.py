@@ -58,12 +58,13 @@ class SVD(MatrixDecomposition):
         """Closed form: the projection of the outputs on their `rank` principal directions."""
         target = self.matricize(weight)
         # a rank beyond the outputs' number exists only for the mirror image of a tall matrix: nothing is lost
-        basis = leading_outputs(seen.output_covariance(target), min(rank, len(target)))
+        outputs = seen.output_covariance(target)
+        basis = leading_outputs(outputs, min(rank, len(target)))
         left = np.zeros((len(target), rank), target.dtype)
         left[:, : basis.shape[1]] = basis
         right = left.T @ target
         missed = target - left @ right
-        total = seen.output_energy(target)
+        total = float(np.trace(outputs))
         error = np.sqrt(max(seen.output_energy(missed), 0.0) / total) if total > 0 else 0.0
         return Factorization((self.tensorize(*level(left, right), weight.shape),), float(error))
 

@@ -13,7 +13,6 @@ from onnx_lowrank.decompositions.weighted import (
     fit_first_stage,
     interpolated_errors,
     iterations_of,
-    output_energy,
     output_spectrum,
 )
 from onnx_lowrank.linalg import fix_signs, leading_basis, mode_dot, squared_norm, unfold
@@ -78,7 +77,7 @@ class Tucker2:
         """
         weight = np.asarray(weights[0], dtype=np.float64)
         if statistics is not None:
-            return self._weighted_errors(weight, statistics[0].covariance, ranks)
+            return self._weighted_errors(weight, statistics[0], ranks)
         core = weight
         for mode in (0, 1):
             core = mode_dot(core, leading_basis(unfold(weight, mode), weight.shape[mode]).T, mode)
@@ -130,10 +129,10 @@ class Tucker2:
             "" if converged else f"the error still fell after {self.iterations} sweeps: more of them, or a higher rank",
         )
 
-    def _weighted_errors(self, weight: np.ndarray, moment: np.ndarray, ranks: Sequence[Rank]) -> np.ndarray:
+    def _weighted_errors(self, weight: np.ndarray, seen: LayerStatistics, ranks: Sequence[Rank]) -> np.ndarray:
         """Of the output: for some r_in the input stage is fitted, and the spectrum after it tells every r_out."""
-        target = weight.reshape(len(weight), -1)
-        total = output_energy(target, moment) or 1.0
+        moment = seen.covariance
+        total = seen.output_energy(weight.reshape(len(weight), -1)) or 1.0
         tails: dict[int, np.ndarray] = {}
 
         def fit(r_in: int) -> float:

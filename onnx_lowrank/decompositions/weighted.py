@@ -167,11 +167,6 @@ def output_spectrum(covariance: np.ndarray) -> np.ndarray:
     return np.maximum(np.linalg.eigvalsh(covariance)[::-1], 0.0)
 
 
-def output_energy(target: np.ndarray, moment: np.ndarray) -> float:
-    """``tr(W S W^T)``: mean energy of the outputs."""
-    return float(np.sum((target @ moment) * target))
-
-
 def root_and_inverse(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric ``C^{1/2}`` and ``C^{-1/2}``, eigenvalues floored at a share of the largest."""
     values, vectors = np.linalg.eigh(covariance)

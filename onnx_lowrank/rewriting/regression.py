@@ -41,7 +41,7 @@ class Regression(ABC):
 
     def __init__(self, weight: np.ndarray, group: int, statistics: LayerStatistics, apart: np.ndarray) -> None:
         self._weight, self._group, self._statistics = weight, group, statistics
-        self._apart = apart
+        self._apart = apart - statistics.mean.astype(np.float32)
         self._ridge: float | None = None
 
     def kernel(self, wanted: np.ndarray, mean: np.ndarray, apart: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -100,8 +100,7 @@ class ByMoments(Regression):
         return np.concatenate(parts).reshape(self._weight.shape)
 
     def _held(self, ridge: float) -> np.ndarray:
-        kernel = self._at(ridge).astype(np.float32)
-        return by_group(self._apart - self._statistics.mean.astype(np.float32), kernel, self._group)
+        return by_group(self._apart, self._at(ridge).astype(np.float32), self._group)
 
 
 class ByPatches(Regression):
@@ -119,15 +118,21 @@ class ByPatches(Regression):
         return self._weight + change.reshape(self._weight.shape)
 
     def _held(self, ridge: float) -> np.ndarray:
-        apart = self._apart - self._statistics.mean.astype(np.float32)
-        made = by_group(apart, self._weight, self._group)
         if ridge == np.inf:
-            return made
-        alike = (
-            held @ patches.T
-            for held, patches in zip(*(np.split(x, self._group, axis=1) for x in (apart, self._patches)), strict=True)
-        )
-        return made + np.concatenate([a @ dual for a, dual in zip(alike, self._duals(ridge), strict=True)], axis=1)
+            return self._own
+        parts = zip(self._alike, self._duals(ridge), strict=True)
+        return self._own + np.concatenate([alike @ dual for alike, dual in parts], axis=1)
+
+    @cached_property
+    def _own(self) -> np.ndarray:
+        """What the layer's own kernel makes of the rows held out, (rows, O)."""
+        return by_group(self._apart, self._weight, self._group)
+
+    @cached_property
+    def _alike(self) -> list[np.ndarray]:
+        """Products of the rows held out with those fitted to, of each group, (rows, n)."""
+        sides = (np.split(rows, self._group, axis=1) for rows in (self._apart, self._patches))
+        return [held @ patches.T for held, patches in zip(*sides, strict=True)]
 
     @property
     def _patches(self) -> np.ndarray:

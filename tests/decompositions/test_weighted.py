@@ -15,7 +15,6 @@ from onnx_lowrank.decompositions.weighted import (
     block_mean,
     interpolated_errors,
     leading_outputs,
-    output_energy,
     root_and_inverse,
     solve_spd,
     variable_projection,
@@ -268,7 +267,7 @@ def test_reduced_rank_regression_keeps_the_outputs_of_most_energy() -> None:
     target, moment = np.diag([3.0, 2.0, 1.0]), np.diag([1.0, 9.0, 1.0])
     basis = leading_outputs(target @ moment @ target.T, 1)
     np.testing.assert_allclose(np.abs(basis[:, 0]), [0, 1, 0], atol=1e-12)  # 2^2 * 9 is more than 3^2 * 1
-    assert output_energy(target, moment) == pytest.approx(9 + 36 + 1)
+    assert LayerStatistics(np.zeros(3), moment, 1).output_energy(target) == pytest.approx(9 + 36 + 1)
 
 
 def test_a_singular_system_is_solved_as_far_as_it_can_be() -> None:
