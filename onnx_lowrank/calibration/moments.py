@@ -127,6 +127,10 @@ class Moments:
         multiple of the identity by as much as that costs least: few samples would else make directions that they do
         not happen to show look free of charge.
 
+        The noise is that of the moment, which is more than that of the covariance; but patches of one sample are alike, and
+        tell less than so many of their own. Counted sample by sample, the noise of the covariance is 0.65 to 1.3 times as large
+        (layers of a ResNet-56, 16 to 256 pictures), and fits by either differ by a few per cent.
+
         References
         ----------
         Ledoit & Wolf (2004), "A well-conditioned estimator for large-dimensional covariance matrices", section 3.3.

@@ -1,9 +1,9 @@
 """The full-rank kernel that best gives a layer's targets from its inputs: ridge regression, pulled towards its own kernel.
 
 With rows of inputs X and targets Y, both less their means, a kernel W and a pull l, the kernel ``W + D`` of least
-``|Y - X (W + D)^T|^2 / n + l |D|^2``: by the moments of the inputs, ``(Y^T X / n + l W)(X^T X / n + l I)^{-1}``, whose
-covariance is shrunk, or where these are too large, by the products of the rows, ``W + (Y - X W^T)^T (X X^T + n l I)^{-1} X``,
-which need not be.
+``|Y - X (W + D)^T|^2 / n + l |D|^2``: with the rest ``E = Y - X W^T``, by the covariance of the inputs, which is shrunk,
+``D = E^T X / n (X^T X / n + l I)^{-1}``, or where that is too large, by the products of the rows,
+``D = E^T (X X^T + n l I)^{-1} X``, which need not be shrunk.
 
 References
 ----------
@@ -81,23 +81,29 @@ class ByMoments(Regression):
         self._inputs = inputs
 
     def _aim(self, wanted: np.ndarray, mean: np.ndarray) -> None:
-        cross = (wanted.T @ self._inputs).astype(np.float64) / len(wanted)
-        cross -= np.outer(mean, self._statistics.mean)
+        missed = wanted - self._made - mean.astype(np.float32)
+        cross = (missed.T @ self._inputs).astype(np.float64) / len(wanted)
+        cross -= np.outer(missed.mean(axis=0, dtype=np.float64), self._statistics.mean)
         self._cross = cross
+
+    @cached_property
+    def _made(self) -> np.ndarray:
+        """What the layer's own kernel makes of the inputs less their mean, (n, O)."""
+        kernel = self._weight.astype(np.float32)
+        made = by_group(self._inputs, kernel, self._group)
+        return made - by_group(self._statistics.mean[None].astype(np.float32), kernel, self._group)
 
     def _at(self, ridge: float) -> np.ndarray:
         group, stats = self._group, self._statistics
         if ridge == np.inf:
             return self._weight
         parts = []
-        for index, block in enumerate(np.split(self._weight.reshape(len(self._weight), -1), group)):
+        for index, cross in enumerate(np.split(self._cross, group)):
             covariance = stats.of_group(index, group).covariance
             pull = ridge * np.trace(covariance) / len(covariance) or 1.0
-            outs = slice(index * len(block), (index + 1) * len(block))
             ins = slice(index * len(covariance), (index + 1) * len(covariance))
-            padded = covariance + pull * np.eye(len(covariance))
-            parts.append(solve_spd(padded, (self._cross[outs, ins] + pull * block).T).T)
-        return np.concatenate(parts).reshape(self._weight.shape)
+            parts.append(solve_spd(covariance + pull * np.eye(len(covariance)), cross[:, ins].T).T)
+        return self._weight + np.concatenate(parts).reshape(self._weight.shape)
 
     def _held(self, ridge: float) -> np.ndarray:
         return by_group(self._apart, self._at(ridge).astype(np.float32), self._group)

@@ -72,3 +72,17 @@ def test_targets_that_say_something_change_it(form: type[Regression]) -> None:
     inner = inputs[48:] - inputs[:48].mean(axis=0)
     missed = [np.square(targets[48:] - mean - inner @ w.T).mean() for w in (kernel, weight)]
     assert missed[0] < 0.01 * missed[1]
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_outputs_of_the_layer_itself_leave_it_as_it_is_however_far_its_moment_is_shrunk(group: int) -> None:
+    """A few patches, whose covariance is mostly replaced by a multiple of the identity."""
+    weight, inputs, _ = problem(group)
+    fitted = inputs[:10] - inputs[:10].mean(axis=0)
+    share, variance = 0.6, float(np.square(fitted).mean())
+    moment = (1 - share) * (fitted.T @ fitted).astype(np.float64) / 10 + share * variance * np.eye(LENGTH)
+    made = ByMoments(weight, group, LayerStatistics(np.zeros(LENGTH), moment, 10), fitted, fitted[:0])
+    blocks = zip(np.split(fitted, group, axis=1), np.split(weight, group), strict=True)
+    targets = np.concatenate([x @ w.T for x, w in blocks], axis=1)
+    kernel = made.kernel(targets, np.zeros(OUT), targets[:0], np.ones(OUT))
+    np.testing.assert_allclose(kernel, weight, rtol=1e-4, atol=1e-5)
