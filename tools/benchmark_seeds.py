@@ -11,13 +11,13 @@ OUT, and a second run goes on where the first one stopped. Needs Pillow.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
 
 import onnx_lowrank as lr
 from onnx_lowrank.runtime import RunSettings, Session
+from tools.benchmark_accuracy import batches
 from tools.cifar import inputs, jpeg, lossless
 
 BATCH = 100
@@ -26,25 +26,19 @@ Pictures = dict[str, tuple[np.ndarray, np.ndarray]]
 """Inputs and labels."""
 
 
-def batches(samples: np.ndarray) -> list[dict[str, np.ndarray]]:
-    return [{"input": samples[i : i + BATCH]} for i in range(0, len(samples), BATCH)]
-
-
 def answers(model: Path, samples: np.ndarray) -> np.ndarray:
     """Logits (N, classes)."""
     session = Session(model, RunSettings())
-    return np.concatenate([session.run(feeds)[0] for feeds in batches(samples)])
+    return np.concatenate([session.run(feeds)[0] for feeds in batches("input", samples, size=BATCH)])
 
 
 def run(path: Path, train: np.ndarray, tests: Pictures, macs: float, seed: int, record: Path) -> None:
     """One compression, and the answers of what comes out."""
-    start = time.perf_counter()
-    feeds = batches(train)
+    feeds = batches("input", train, size=BATCH)
     made = lr.compress(path, calibrate=feeds, budget={"macs": macs}, methods="cp3,separable", align=8, seed=seed)
-    seconds = time.perf_counter() - start
     model = record.with_suffix(".onnx")
     made.save(model)
-    np.savez(record, seconds=seconds, **{name: answers(model, samples) for name, (samples, _) in tests.items()})
+    np.savez(record, **{name: answers(model, samples) for name, (samples, _) in tests.items()})
 
 
 def rows(records: list[Path], tests: Pictures, dense: dict[str, np.ndarray]) -> list[str]:

@@ -49,7 +49,7 @@ class Regression(ABC):
 
         The pull is chosen the first time, by the targets of the rows held `apart`, with `weights` of the channels, (O,).
         """
-        self._aim(wanted, mean)
+        self._aim(wanted - self._made - mean.astype(np.float32))
         if self._ridge is None:
             self._ridge = self._best(apart - mean, weights) if len(apart) else RIDGES[0]
         return self._at(self._ridge)
@@ -58,9 +58,14 @@ class Regression(ABC):
         """The pull with the least error on the rows held out."""
         return RIDGES[int(np.argmin([np.square((wanted - self._held(ridge)) * weights).sum() for ridge in RIDGES]))]
 
+    @cached_property
     @abstractmethod
-    def _aim(self, wanted: np.ndarray, mean: np.ndarray) -> None:
-        """Take the targets of this round."""
+    def _made(self) -> np.ndarray:
+        """What the layer's own kernel makes of the inputs less their mean, (n, O)."""
+
+    @abstractmethod
+    def _aim(self, missed: np.ndarray) -> None:
+        """Take what the layer's own kernel misses of the targets of this round, (n, O)."""
 
     @abstractmethod
     def _at(self, ridge: float) -> np.ndarray:
@@ -80,18 +85,16 @@ class ByMoments(Regression):
         super().__init__(weight, group, statistics, apart)
         self._inputs = inputs
 
-    def _aim(self, wanted: np.ndarray, mean: np.ndarray) -> None:
-        missed = wanted - self._made - mean.astype(np.float32)
-        cross = (missed.T @ self._inputs).astype(np.float64) / len(wanted)
-        cross -= np.outer(missed.mean(axis=0, dtype=np.float64), self._statistics.mean)
-        self._cross = cross
-
     @cached_property
     def _made(self) -> np.ndarray:
-        """What the layer's own kernel makes of the inputs less their mean, (n, O)."""
         kernel = self._weight.astype(np.float32)
         made = by_group(self._inputs, kernel, self._group)
         return made - by_group(self._statistics.mean[None].astype(np.float32), kernel, self._group)
+
+    def _aim(self, missed: np.ndarray) -> None:
+        cross = (missed.T @ self._inputs).astype(np.float64) / len(missed)
+        cross -= np.outer(missed.mean(axis=0, dtype=np.float64), self._statistics.mean)
+        self._cross = cross
 
     def _at(self, ridge: float) -> np.ndarray:
         group, stats = self._group, self._statistics
@@ -112,9 +115,12 @@ class ByMoments(Regression):
 class ByPatches(Regression):
     """By the products of the rows, for patches too long for a moment; in float32, as these are."""
 
-    def _aim(self, wanted: np.ndarray, mean: np.ndarray) -> None:
-        made = by_group(self._patches, self._weight, self._group)
-        self._missed = np.split((wanted - mean - made).astype(np.float64), self._group, axis=1)
+    @cached_property
+    def _made(self) -> np.ndarray:
+        return by_group(self._patches, self._weight, self._group)
+
+    def _aim(self, missed: np.ndarray) -> None:
+        self._missed = np.split(missed.astype(np.float64), self._group, axis=1)
 
     def _at(self, ridge: float) -> np.ndarray:
         if ridge == np.inf:
