@@ -50,6 +50,9 @@ CALIBRATE = "calibrate (--calibrate DATA)"
 
 CPU = "CPUExecutionProvider"
 
+CHANGED_FIRST = ("dequantize", "fold_shortcuts", "drop_dead_channels")
+"""Options that make another model of the one that was given, before anything is decided."""
+
 TRAINING_ONLY = ("train", "epochs", "learning_rate", "augment", "loss", "batch_statistics", "precision")
 """Options that say nothing where nothing is trained."""
 
@@ -98,6 +101,9 @@ class Config:
     fold_shortcuts
         Write shortcuts that slice and pad (ResNets without convolutions there) as 1x1 convolutions of zeros and ones, first:
         the tensors around them then stay in the layout of convolutions. The same function, but for NaN and infinity.
+    drop_dead_channels
+        Leave out the channels that carry nothing on any sample of `calibrate`, with all that is computed for them, first: what is
+        left is kept to the multiple of `align`.
     quantize
         ``int8``: the result is quantised at the end (QDQ, static, a scale for each channel of a kernel), on samples of
         `calibrate`; all that was asked for is held by the quantised model, and latency is planned in eight bits.
@@ -161,6 +167,7 @@ class Config:
     group: Mapping[str, str] = field(default_factory=dict)
     fold_batchnorm: bool = False
     fold_shortcuts: bool = False
+    drop_dead_channels: bool = False
     quantize: str = "none"
     dequantize: bool = False
     finetune: str = "none"
@@ -226,6 +233,8 @@ class Config:
         _expect(weight is None or self.recipe == "orthogonal", f"orthogonality {weight}", "recipe orthogonal")
         named = self.precision is None or self.precision in PRECISIONS
         _expect(named, f"precision '{self.precision}'", f"one of {', '.join(PRECISIONS)}")
+        looked = not self.drop_dead_channels or self.calibrate is not None
+        _needs(looked, "drop_dead_channels looks at what channels carry on samples", CALIBRATE)
         idle = [name for name in TRAINING_ONLY if self.finetune == "none" and getattr(self, name) is not None]
         _needs(not idle, f"nothing is trained that {', '.join(idle)} could be of", "finetune distill or labels")
         labelled = self.loss is None or self.finetune == "labels"
@@ -247,6 +256,11 @@ class Config:
         """Whether plans go by the time that layers take."""
         goals = [b.metric for b in self.budget] or ([self.objective] if self.max_drop is not None else [])
         return "latency" in goals
+
+    @property
+    def changes_first(self) -> tuple[str, ...]:
+        """What is asked for that makes another model of the one that was given, before anything is decided."""
+        return tuple(name for name in CHANGED_FIRST if getattr(self, name))
 
     @property
     def foretold(self) -> bool:
@@ -404,7 +418,9 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(PAIRS, _pairs),
     "max_drop": _share,
     **dict.fromkeys(("learning_rate", "orthogonality"), _number),
-    **dict.fromkeys(("fold_batchnorm", "fold_shortcuts", "dequantize", "batch_statistics", "exact"), _truth),
+    **dict.fromkeys(
+        ("fold_batchnorm", "fold_shortcuts", "drop_dead_channels", "dequantize", "batch_statistics", "exact"), _truth
+    ),
     "input_shape": _shapes,
 }
 """What makes an option's value from its everyday forms; the others are taken as they are."""

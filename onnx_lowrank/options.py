@@ -88,6 +88,14 @@ OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
                 "help": "write shortcuts that slice and pad as 1x1 convolutions first (faster in ResNets that have them)",
             },
         ),
+        (
+            "--drop-dead-channels",
+            {
+                "action": "store_true",
+                "default": None,
+                "help": "leave out channels that carry nothing on any calibration sample first (many mobile networks have them)",
+            },
+        ),
     ),
     "data": (
         (

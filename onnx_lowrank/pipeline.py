@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lowrank import runtime
-from onnx_lowrank.config import Config, make_config
+from onnx_lowrank.config import CHANGED_FIRST, Config, make_config
 from onnx_lowrank.graph.probe import probe_model
 from onnx_lowrank.graph.shapes import declared
 from onnx_lowrank.interop import from_proto
@@ -26,6 +26,7 @@ from onnx_lowrank.runtime import RunSettings
 from onnx_lowrank.search.bench import Attempt, Bench, open_bench
 from onnx_lowrank.search.search import budget_results
 from onnx_lowrank.subject import Subject, check_patterns, open_subject
+from onnx_lowrank.targets import block_of
 from onnx_lowrank.types import InputSpec, LowRankError, Plan, Progress, no_progress
 
 MADE_WITH_SAMPLES = (
@@ -52,7 +53,7 @@ def analyze(model: Any, *, config: Config | None = None, progress: Progress = no
     config = configured(config, options)
     recipe = find_recipe(config.recipe)
     config = recipe.configure(config)
-    planner = Planner(_opened(model, config), config, progress, recipe.policy(config))
+    planner = Planner(_opened(model, config, progress), config, progress, recipe.policy(config))
     if recipe.plan is None:
         raise LowRankError(f"recipe {config.recipe} finds its ranks while it trains: use compress")
     return recipe.plan(planner)
@@ -69,7 +70,7 @@ def apply(
 ) -> Result:
     """Carry out a plan, made by `analyze` or read from a file, and verify the result as `compress` does."""
     config = configured(config, options)
-    planner = Planner(_opened(model, config), config, progress)
+    planner = Planner(_opened(model, config, progress), config, progress)
     if config.quantize != "none":
         check_unquantized(planner.subject.model)
     data = plan_to_dict(plan) if isinstance(plan, Plan) else read_plan(plan)
@@ -118,7 +119,7 @@ def compress(
         )
     if config.max_drop is not None and config.evaluate is None and config.calibrate is None:
         raise LowRankError("max_drop needs samples to hold it on: give --evaluate DATA")
-    planner = Planner(_opened(model, config), config, progress, recipe.policy(config))
+    planner = Planner(_opened(model, config, progress), config, progress, recipe.policy(config))
     if config.quantize != "none":
         check_unquantized(planner.subject.model)
     if not planner.subject.found.layers:
@@ -141,8 +142,8 @@ def verify(
         Where a model cannot be loaded, or the other has different inputs or outputs.
     """
     config = configured(config, options)
-    if config.quantize != "none" or config.dequantize or config.fold_shortcuts:
-        raise LowRankError("verify compares two models as they are: leave out quantize, dequantize and fold_shortcuts")
+    if config.quantize != "none" or config.changes_first:
+        raise LowRankError(f"verify compares two models as they are: leave out quantize, {', '.join(CHANGED_FIRST)}")
     subject, second = open_subject(original, config), open_subject(other, config)
     if not _fed_alike(subject.inputs, second.inputs):
         ends = (", ".join(map(str, declared(each.model)[0])) or "none" for each in (subject, second))
@@ -184,7 +185,7 @@ def inspect(
     With `details`, also what a page shows of each layer: spectra and error curves.
     """
     config = configured(config, options)
-    planner = Planner(_opened(model, config), config, progress)
+    planner = Planner(_opened(model, config, progress), config, progress)
     views: list[LayerView] = []
     for group, candidates in zip(planner.subject.groups, planner.sets.all(), strict=False):
         dense = group.dense.cost
@@ -220,9 +221,9 @@ def bundle(
         For a model or an option that cannot be used, or a model without a layer to decompose.
     """
     config = configured(config, options)
-    if config.dequantize or config.fold_shortcuts:
-        raise LowRankError("a bundle is of the model as it is: leave out dequantize and fold_shortcuts")
-    planner = Planner(_opened(model, config), config, progress)
+    if config.changes_first:
+        raise LowRankError(f"a bundle is of the model as it is: leave out {' and '.join(config.changes_first)}")
+    planner = Planner(_opened(model, config, progress), config, progress)
     if planner.target.engine:
         raise LowRankError(
             f"a bundle runs ONNX Runtime on the device, and target {planner.target.name} was given: leave it out"
@@ -262,8 +263,9 @@ def configured(config: Config | None, options: Mapping[str, Any]) -> Config:
     return config or make_config(**options)
 
 
-def _opened(model: Any, config: Config) -> Subject:
-    subject = open_subject(model, config)
+def _opened(model: Any, config: Config, progress: Progress) -> Subject:
+    dead_block = block_of(config) if config.drop_dead_channels else None
+    subject = open_subject(model, config, dead_block=dead_block, progress=progress)
     check_patterns(subject, config)
     return subject
 

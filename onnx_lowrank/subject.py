@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from onnx_lowrank.candidates import Group, group_layers
+from onnx_lowrank.channels import without_dead_channels
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import Dataset, open_data
 from onnx_lowrank.data.feeds import first_feeds, random_feeds
@@ -25,9 +27,15 @@ from onnx_lowrank.graph.shapes import Shapes, infer, model_inputs, sample_shapes
 from onnx_lowrank.interop import to_proto
 from onnx_lowrank.runtime import RunSettings, Session, tensor_shapes
 from onnx_lowrank.shortcuts import with_folded_shortcuts
-from onnx_lowrank.types import Cost, InputSpec, Layer, LowRankError, Skip
+from onnx_lowrank.types import Cost, InputSpec, Layer, LowRankError, Progress, Skip, no_progress
 from onnx_lowrank.verification.parts import PartSession
 from onnx_lowrank.verification.verify import Feeds
+
+CALIBRATION_SAMPLES = 2048
+"""Samples that layers are fitted on at most, from all over; a few hundred do nearly as well."""
+
+BATCH, BATCH_BYTES = 64, 1 << 23
+"""Samples run at a time, and bytes of their inputs: a few times as much is alive inside the network."""
 
 FOLDED = "a shortcut, folded: it copies its input"
 """Why a convolution that stands for a shortcut is left alone."""
@@ -42,7 +50,8 @@ class Subject:
     given
         The model that the work is beside, as it was given.
     model
-        What is worked on, never changed: `given`, brought back to floating point and with its shortcuts folded where that was asked for.
+        What is worked on, never changed: `given`, brought back to floating point, with its shortcuts folded and without its dead
+        channels, where that was asked for.
     inputs
         What it is fed.
     sample_shapes
@@ -58,7 +67,7 @@ class Subject:
     cost
         Of the whole of `given`, in floating point.
     added
-        What the cost of `model` is above that.
+        What the cost of `model` is above that; below it where channels were dropped.
     notes
         What had to be assumed.
     """
@@ -134,13 +143,18 @@ def open_model(source: Any) -> Model:
         ) from error
 
 
-def open_subject(source: Any, config: Config) -> Subject:
+def open_subject(
+    source: Any, config: Config, *, dead_block: int | None = None, progress: Progress = no_progress
+) -> Subject:
     """Load a model and find what is in it.
 
     Parameters
     ----------
     source
         A path, a ModelProto, a graphsurgeon Graph or an onnx-ir Model; or a model that is loaded already.
+    dead_block
+        Where given, channels that carry nothing on any calibration sample are left out, and what is left is kept to this
+        multiple.
 
     Raises
     ------
@@ -169,6 +183,10 @@ def open_subject(source: Any, config: Config) -> Subject:
             "fed any more",
         )
     shapes = shapes_of(model, inputs, sizes)
+    cost, unknown = model_cost(floating, shapes)
+    if dead_block:
+        model, shapes, note = _without_dead_channels(model, inputs, sizes, shapes, config, dead_block, progress)
+        notes += (note,)
     found = find_layers(model, shapes)
     spared = [layer for layer in found.layers if layer.name in shortcuts or not config.selects(layer.name)]
     left = tuple(
@@ -180,8 +198,7 @@ def open_subject(source: Any, config: Config) -> Subject:
         for layer in found.layers
         if layer not in spared
     ]
-    cost, unknown = model_cost(floating, shapes)
-    added = model_cost(model, shapes)[0] - cost if shortcuts else Cost(0, 0)
+    added = model_cost(model, shapes)[0] - cost if model is not floating else Cost(0, 0)
     if unknown:
         notes += (
             f"the MACs of {len(unknown)} node(s) are not counted, their sizes are unknown: {', '.join(unknown[:3])}",
@@ -190,6 +207,33 @@ def open_subject(source: Any, config: Config) -> Subject:
     alone = [group.layers[0] for group in groups if len(group.layers) == 1 and not group.layers[0].weight_kept]
     repeated = _named_sections(alone, config) if config.group else sections(model, found, alone)
     return Subject(given, model, inputs, sizes, found, groups, tuple(repeated), found.skips + left, cost, added, notes)
+
+
+def _without_dead_channels(
+    model: Model,
+    inputs: tuple[InputSpec, ...],
+    sizes: Shapes,
+    shapes: Shapes,
+    config: Config,
+    block: int,
+    progress: Progress,
+) -> tuple[Model, Shapes, str]:
+    """`model` without dead channels, the shapes of its tensors, and what is to be said of it."""
+    if is_large(model):
+        raise LowRankError("drop_dead_channels takes models of less than 2 GB: leave it out")
+    feeds = [feeds for feeds, _ in calibration_batches(config, inputs, sizes) or ()]
+    samples, blocks = (
+        sum(len(next(iter(each.values()))) for each in feeds),
+        f", in blocks of {block}" if block > 1 else "",
+    )
+    lean, dropped = without_dead_channels(model, shapes, feeds, block, progress)
+    if not dropped.channels:
+        return model, shapes, f"no channel was dropped: none is dead on all of {samples} calibration samples{blocks}"
+    note = (
+        f"{dropped.channels} channel(s) that carry nothing on any of {samples} calibration samples were dropped, of "
+        f"{dropped.families} layer(s) and what follows them{blocks}"
+    )
+    return lean, shapes_of(lean, inputs, sizes), note
 
 
 def check_patterns(subject: Subject, config: Config) -> None:
@@ -227,6 +271,24 @@ def open_config_data(which: str, inputs: tuple[InputSpec, ...], config: Config) 
     """The data set that `config` names ``calibrate`` or ``evaluate``; None where it names none."""
     source = getattr(config, which)
     return None if source is None else open_data(source, inputs, preprocess=config.preprocess)
+
+
+def calibration_batches(
+    config: Config, inputs: tuple[InputSpec, ...], sizes: Shapes
+) -> list[tuple[dict[str, np.ndarray], np.ndarray | None]] | None:
+    """Samples of ``calibrate`` from all over, batch by batch, each with its labels; None where `config` names none.
+
+    Parameters
+    ----------
+    sizes
+        Of the inputs, for one sample.
+    """
+    data = open_config_data("calibrate", inputs, config)
+    if data is None:
+        return None
+    size = sum(item.dtype.itemsize * math.prod(sizes[item.name]) for item in inputs)
+    batch = max(1, min(BATCH, BATCH_BYTES // max(size, 1)))
+    return list(data.spread(CALIBRATION_SAMPLES).batches(batch))
 
 
 def _shapes_of_data(inputs: tuple[InputSpec, ...], config: Config) -> Mapping[str, tuple[int, ...]]:

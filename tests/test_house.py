@@ -57,7 +57,7 @@ KNOWS_NUMBERS_ONLY = {"numpy", "scipy", "onnx_lowrank"}
 FLOW = (
     *("types", "files", "linalg", "randomized", "cache", "work"),
     *("graph", "runtime", "verification", "data", "config", "interop"),
-    *("ranks", "decompositions", "candidates", "layer_tasks", "shortcuts", "subject"),
+    *("ranks", "decompositions", "candidates", "layer_tasks", "shortcuts", "channels", "subject"),
     *(
         "calibration",
         "rewriting",

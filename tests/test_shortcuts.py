@@ -154,7 +154,7 @@ def test_constants_are_told_apart_from_outputs_without_a_name() -> None:
 
 
 def test_it_is_refused_where_it_would_make_another_model_of_what_is_compared() -> None:
-    with pytest.raises(lr.LowRankError, match="leave out quantize, dequantize and fold_shortcuts"):
+    with pytest.raises(lr.LowRankError, match="leave out quantize, dequantize, fold_shortcuts"):
         lr.verify(residual(), residual(), fold_shortcuts=True)
     with pytest.raises(lr.LowRankError, match="a bundle is of the model as it is"):
         lr.bundle(residual(), "never.zip", fold_shortcuts=True)

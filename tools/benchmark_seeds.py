@@ -1,6 +1,7 @@
 """Loss of top-1 over several runs of chance: one run on a few hundred pictures says little about a few tenths of a point.
 
     python -m tools.benchmark_seeds OUT [--data ../shared/data] [--network cifar10_resnet56] [--macs 0.4 0.3] [--seeds 5]
+                                     [--align 8] [--drop-dead-channels]
 
 Every run compresses with another seed (positions that are looked at, order of the samples, starts of fits), without labels.
 Each picture's loss is the mean over the runs, and the interval is that of the mean over pictures: what is known of the loss on
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,10 +34,10 @@ def answers(model: Path, samples: np.ndarray) -> np.ndarray:
     return np.concatenate([session.run(feeds)[0] for feeds in batches("input", samples, size=BATCH)])
 
 
-def run(path: Path, train: np.ndarray, tests: Pictures, macs: float, seed: int, record: Path) -> None:
+def run(path: Path, train: np.ndarray, tests: Pictures, record: Path, **options: Any) -> None:
     """One compression, and the answers of what comes out."""
     feeds = batches("input", train, size=BATCH)
-    made = lr.compress(path, calibrate=feeds, budget={"macs": macs}, methods="cp3,separable", align=8, seed=seed)
+    made = lr.compress(path, calibrate=feeds, methods="cp3,separable", **options)
     model = record.with_suffix(".onnx")
     made.save(model)
     np.savez(record, **{name: answers(model, samples) for name, (samples, _) in tests.items()})
@@ -67,6 +69,8 @@ def main() -> None:
     parser.add_argument("--network", default="cifar10_resnet56", choices=["cifar10_resnet20", "cifar10_resnet56"])
     parser.add_argument("--macs", type=float, nargs="+", default=[0.4, 0.3])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--align", type=int, default=8, help="multiple that ranks are kept to")
+    parser.add_argument("--drop-dead-channels", action="store_true", help="leave them out first")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     folder = args.data / "cifar10"
@@ -77,10 +81,21 @@ def main() -> None:
     dense = {name: answers(path, samples) for name, (samples, _) in tests.items()}
     print("| MACs | pictures | original | top-1 | agreement | noise | points lost (95 %) |\n|" + "---|" * 7)
     for macs in args.macs:
-        records = [args.out / f"{args.network}.{macs:g}.{seed}.npz" for seed in range(args.seeds)]
+        stem = f"{args.network}.{macs:g}.align{args.align}{'.dropped' * args.drop_dead_channels}"
+        records = [args.out / f"{stem}.{seed}.npz" for seed in range(args.seeds)]
         for seed, record in enumerate(records):
             if not record.exists():
-                run(path, train, tests, macs, seed, record)
+                dropped = args.drop_dead_channels
+                run(
+                    path,
+                    train,
+                    tests,
+                    record,
+                    budget={"macs": macs},
+                    align=args.align,
+                    seed=seed,
+                    drop_dead_channels=dropped,
+                )
         for line in rows(records, tests, dense):
             print(f"| {macs:.0%} | {line} |", flush=True)
 

@@ -42,7 +42,7 @@ class _Folding:
 
     def run(self) -> list[bool]:
         """Which of the normalisations were folded."""
-        norms = [node for node in self._model.graph.node if _in_inference(node, self._model.opset)]
+        norms = [node for node in self._model.graph.node if in_inference(node, self._model.opset)]
         folded = [self._fold(norm) for norm in norms]
         drop_unread(self._model, self._unread)
         return folded
@@ -110,7 +110,7 @@ class _Folding:
         return name
 
 
-def _in_inference(node: onnx.NodeProto, opset: int) -> bool:
+def in_inference(node: onnx.NodeProto, opset: int) -> bool:
     """Whether a node is a BatchNormalization that normalises each channel by stored statistics."""
     if node.op_type != "BatchNormalization" or node.domain not in ("", "ai.onnx") or opset < 7 or len(node.input) != 5:
         return False

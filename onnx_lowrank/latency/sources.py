@@ -40,7 +40,7 @@ def check_target(subject: Subject, config: Config, target: Target) -> None:
         )
     if config.quantize != "none" and not target.eight_bits:
         raise LowRankError(f"target {target.name} takes no nodes in eight bits: leave out quantize {config.quantize}")
-    changed = [name for name in ("fold_shortcuts", "dequantize") if getattr(config, name)]
+    changed = config.changes_first
     if (target.engine or target.results) and changed and config.needs_latency:
         raise LowRankError(
             f"target {target.name} is timed by models made of the one that was given, and {' and '.join(changed)} would make it "

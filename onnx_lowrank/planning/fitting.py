@@ -13,14 +13,8 @@ from onnx_lowrank.calibration.moments import together
 from onnx_lowrank.candidates import Group
 from onnx_lowrank.planning.run import Run
 from onnx_lowrank.rewriting.refit import fits
-from onnx_lowrank.subject import open_config_data
+from onnx_lowrank.subject import calibration_batches
 from onnx_lowrank.types import Layer, LayerStatistics
-
-CALIBRATION_SAMPLES = 2048
-"""Samples that layers are fitted on at most, from all over; a few hundred do nearly as well."""
-
-BATCH, BATCH_BYTES = 64, 1 << 23
-"""Samples run at a time, and bytes of their inputs: a few times as much is alive inside the network."""
 
 FITTING_BYTES = 4 << 30
 """Most bytes of activations kept for fitting layers one after the other: of large pictures, fewer samples are used."""
@@ -48,13 +42,9 @@ class Fitting:
     def feeds(self) -> list[Batch] | None:
         """All samples, batch by batch; None where the user gave none."""
         subject, config = self._run.subject, self._run.config
-        data = open_config_data("calibrate", subject.inputs, config)
-        if data is None:
+        read = calibration_batches(config, subject.inputs, subject.sample_shapes)
+        if read is None:
             return None
-        shapes = subject.sample_shapes
-        size = sum(item.dtype.itemsize * math.prod(shapes[item.name]) for item in subject.inputs)
-        batch = max(1, min(BATCH, BATCH_BYTES // max(size, 1)))
-        read = list(data.spread(CALIBRATION_SAMPLES).batches(batch))
         feeds = [feeds for feeds, _ in read]
         return mixed(feeds, config.seed) if in_order([labels for _, labels in read]) else feeds
 

@@ -14,9 +14,9 @@ from onnx_lowrank.config import Config
 from onnx_lowrank.graph.kernels import model_digest
 from onnx_lowrank.layer_tasks import loaded_task
 from onnx_lowrank.randomized import exactly
-from onnx_lowrank.runtime import block_size, processor, version
+from onnx_lowrank.runtime import processor, version
 from onnx_lowrank.subject import Subject
-from onnx_lowrank.targets import find_target
+from onnx_lowrank.targets import block_of, find_target
 from onnx_lowrank.types import Progress
 from onnx_lowrank.work.parallel import run_all
 from onnx_lowrank.work.tasks import Task, Work
@@ -51,10 +51,10 @@ class Run:
         runs = version(), processor(), os.cpu_count(), self.config.exact
         return Kept(self.work.store).under(environment(), runs, model_digest(self.subject.model))
 
-    @property
+    @cached_property
     def block(self) -> int:
         """Multiple that ranks are kept to."""
-        return self.config.align or self.target.block or block_size()
+        return block_of(self.config)
 
     def for_each_group(
         self, function: Callable[[tuple[Any, ...]], Outcome], tasks: Sequence[Task[tuple[Any, ...]]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from onnx_lowrank.config import Config
+from onnx_lowrank.runtime import block_size
 from onnx_lowrank.targets import coreml, cpu, mnn, nnapi, qnn, xnnpack
 from onnx_lowrank.targets.measured import SUFFIX, Results, read_results
 from onnx_lowrank.targets.partition import count_partitions
@@ -15,7 +17,12 @@ TARGETS: dict[str, Target] = {
     target.name: target for target in (cpu.TARGET, xnnpack.TARGET, nnapi.TARGET, coreml.TARGET, qnn.TARGET, mnn.TARGET)
 }
 
-__all__ = ["TARGETS", "Results", "Target", "count_partitions", "find_target"]
+__all__ = ["TARGETS", "Results", "Target", "block_of", "count_partitions", "find_target"]
+
+
+def block_of(config: Config) -> int:
+    """Multiple that ranks are kept to, and channels where dead ones are dropped."""
+    return config.align or find_target(config.target).block or block_size()
 
 
 def find_target(name: str) -> Target:

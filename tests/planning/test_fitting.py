@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import models
+from onnx_lowrank import subject
 from onnx_lowrank.config import make_config
 from onnx_lowrank.planning import fitting
 from onnx_lowrank.planning.planner import Planner
@@ -29,7 +30,7 @@ def in_order(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def classes(path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> list[np.ndarray]:
-    monkeypatch.setattr(fitting, "CALIBRATION_SAMPLES", most)
+    monkeypatch.setattr(subject, "CALIBRATION_SAMPLES", most)
     config = make_config(calibrate=path, budget={"macs": 0.5})
     feeds = Planner(open_subject(models.DIGITS, config), config, no_progress).fitting.feeds
     return [batch["input"][:, 0, 0, 0] for batch in feeds or []]

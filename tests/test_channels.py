@@ -1,0 +1,287 @@
+"""Channels that carry nothing on any sample: left out with all that is computed for them, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import onnx_lowrank as lr
+from onnx_lowrank.channels import without_dead_channels
+from onnx_lowrank.graph.channels import families
+from onnx_lowrank.graph.model import load
+from onnx_lowrank.graph.shapes import infer
+from onnx_lowrank.types import no_progress
+from tests import tiny
+from tests.helpers import assert_close, feeds_of, normal, parse, run
+
+CHAIN = """g (float[N, 4, 9, 9] x) => (float[N, 5, 9, 9] y) {
+  [first] a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, w1, b1)
+  n = BatchNormalization (a, scale, shift, mean, variance)
+  r = Relu (n)
+  [second] y = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (r, w2)
+}"""
+
+MOBILE = """g (float[N, 4, 9, 9] x) => (float[N, 5, 9, 9] y) {
+  [wide] a = Conv <kernel_shape = [1, 1]> (x, w1, b1)
+  r = Clip (a, zero, six)
+  [each] d = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = 12> (r, wd, bd)
+  s = HardSwish (d)
+  p = GlobalAveragePool (s)
+  [gate] g = Conv <kernel_shape = [1, 1]> (p, wg, bg)
+  h = HardSigmoid (g)
+  m = Mul (s, h)
+  [narrow] y = Conv <kernel_shape = [1, 1]> (m, w2)
+}"""
+
+DEAD = [1, 4, 5, 9]
+
+
+def chain(**changed: np.ndarray) -> onnx.ModelProto:
+    """Twelve channels between two convolutions, of which a ReLU cuts off ``DEAD`` whatever comes."""
+    shift = normal(12, seed=3)
+    shift[DEAD] = -100
+    stored = {"w1": normal(12, 4, 3, 3), "b1": normal(12, seed=1), "w2": normal(5, 12, 3, 3), "shift": shift}
+    stored |= {"scale": np.ones(12, "float32"), "mean": normal(12), "variance": np.ones(12, "float32")}
+    return parse(CHAIN, **(stored | changed))
+
+
+def mobile(*, alive: float = 1.0) -> onnx.ModelProto:
+    """An inverted residual with a gate; the depthwise filters of ``DEAD`` are 0, so that each gives what its bias does."""
+    depthwise = normal(12, 1, 3, 3)
+    depthwise[DEAD] = 0
+    kernels = {"w1": normal(12, 4, 1, 1), "w2": normal(5, 12, 1, 1), "wg": normal(12, 12, 1, 1), "wd": depthwise}
+    biases = {
+        "b1": normal(12, seed=1),
+        "bd": np.float32(alive) * (np.float32(0.5) + np.abs(normal(12, seed=2))),
+        "bg": np.zeros(12, "float32"),
+    }
+    return parse(MOBILE, zero=np.array(0, "float32"), six=np.array(6, "float32"), **kernels, **biases)
+
+
+def dropped(proto: onnx.ModelProto, block: int = 1, count: int = 6) -> tuple[onnx.ModelProto, int]:
+    """The model without dead channels, on some samples, and how many were dropped."""
+    feeds = [feeds_of(proto, seed=seed, x=(2, 4, 9, 9)) for seed in range(count)]
+    model = load(proto)
+    made, gone = without_dead_channels(model, infer(model, {"x": (1, 4, 9, 9)}), feeds, block, no_progress)
+    onnx.checker.check_model(made.proto, full_check=True)
+    return made.proto, gone.channels
+
+
+def stored(proto: onnx.ModelProto) -> list[tuple[int, ...]]:
+    return sorted(tuple(tensor.dims) for tensor in proto.graph.initializer)
+
+
+def same(made: onnx.ModelProto, proto: onnx.ModelProto, tolerance: float = 1e-5) -> None:
+    feeds = feeds_of(proto, seed=99, x=(3, 4, 9, 9))
+    assert_close(run(made, feeds), run(proto, feeds), tolerance)
+
+
+def test_what_a_relu_cuts_off_is_left_out_of_all_that_holds_it() -> None:
+    proto = chain()
+    made, gone = dropped(proto)
+    assert gone == 4
+    assert stored(made) == sorted([(8, 4, 3, 3), *[(8,)] * 5, (5, 8, 3, 3)])
+    assert [node.name for node in made.graph.node] == [node.name for node in proto.graph.node]
+    same(made, proto)
+
+
+def test_a_channel_that_some_sample_wakes_stays() -> None:
+    shift = normal(12, seed=3)
+    shift[DEAD] = -100
+    shift[4] = 0
+    proto = chain(shift=shift)
+    made, gone = dropped(proto)
+    assert gone == 3
+    same(made, proto)
+
+
+def test_a_number_that_is_the_same_everywhere_goes_into_the_bias() -> None:
+    proto = mobile()
+    assert dropped(proto)[1] == 0, "the gate varies, and with it what the channel is"
+    plain = parse(MOBILE.replace("p = GlobalAveragePool (s)\n", "").replace("[gate] g = Conv <kernel_shape = [1, 1]> (p, wg, bg)\n", "")
+                  .replace("h = HardSigmoid (g)\n", "").replace("m = Mul (s, h)", "m = Identity (s)"))  # fmt: skip
+    plain.graph.initializer.extend(t for t in proto.graph.initializer if t.name not in ("wg", "bg"))
+    made, gone = dropped(plain)
+    assert gone == 4 and (5,) in stored(made)
+    same(made, plain)
+
+
+def test_a_gate_that_reads_and_scales_the_channels_is_cut_with_them() -> None:
+    proto = mobile(alive=0.0)
+    made, gone = dropped(proto)
+    assert gone == 4
+    assert stored(made) == sorted([(), (), (8, 4, 1, 1), *[(8,)] * 3, (8, 1, 3, 3), (8, 8, 1, 1), (5, 8, 1, 1)])
+    (each,) = (node for node in made.graph.node if node.name == "each")
+    assert next(a.i for a in each.attribute if a.name == "group") == 8
+    same(made, proto)
+
+
+def test_what_is_left_is_kept_to_whole_blocks() -> None:
+    proto = chain()
+    for block, gone in ((1, 4), (3, 3), (5, 2), (8, 4), (16, 0)):
+        made, count = dropped(proto, block)
+        assert count == gone, block
+        same(made, proto)
+
+
+def test_numbers_that_are_padded_around_are_no_constants() -> None:
+    shift = normal(12, seed=3)
+    scale = np.ones(12, "float32")
+    scale[DEAD], shift[DEAD] = 0, 2
+    _, gone = dropped(chain(scale=scale, shift=shift))
+    assert gone == 0, "at the border, half of a patch is 0"
+
+
+def test_sums_hold_a_channel_until_both_sides_are_dead() -> None:
+    text = CHAIN.replace(
+        "r = Relu (n)", "[beside] c = Conv <kernel_shape = [1, 1]> (x, w3) s = Add (n, c) r = Relu (s)"
+    )
+    beside = normal(12, 4, 1, 1, seed=7)
+    proto = parse(text, w3=beside)
+    proto.graph.initializer.extend(chain().graph.initializer)
+    made, gone = dropped(proto)
+    assert gone == 4 and (8, 4, 1, 1) in stored(made)
+    same(made, proto)
+    beside[DEAD[0]] *= 200
+    loud = parse(text, w3=beside)
+    loud.graph.initializer.extend(chain().graph.initializer)
+    assert dropped(loud)[1] == 3
+
+
+def test_products_of_rows_are_layers_too() -> None:
+    text = """g (float[N, 4] x) => (float[N, 5] y) {
+      a = Gemm <transB = 1> (x, w1, b1) r = Relu (a) m = MatMul (r, w2) s = Add (m, b2) t = Relu (s) y = MatMul (t, w3) }"""
+    first, second = normal(12, seed=1), normal(10, seed=2)
+    first[DEAD], second[[0, 3]] = -100, -100
+    proto = parse(text, w1=normal(12, 4), b1=first, w2=normal(12, 10), b2=second, w3=normal(10, 5))
+    feeds = [feeds_of(proto, seed=seed, x=(50, 4)) for seed in range(3)]
+    model = load(proto)
+    made, gone = without_dead_channels(model, infer(model, {"x": (1, 4)}), feeds, 1, no_progress)
+    assert gone.channels >= 6 and gone.families == 2
+    assert_close(run(made.proto, feeds[0]), run(proto, feeds[0]), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("r = Relu (n)", "f = Relu (n) r = Softmax <axis = 1> (f)"),
+        ("r = Relu (n)", "f = Relu (n) r = Transpose <perm = [0, 1, 3, 2]> (f)"),
+        ("(float[N, 5, 9, 9] y)", "(float[N, 5, 9, 9] y, float[N, 12, 9, 9] r)"),
+        ("r = Relu (n)", "f = Relu (n) k = Shape (f) c = ConstantOfShape (k) r = Add (f, c)"),
+    ],
+)
+def test_what_mixes_channels_or_shows_them_closes_a_family(old: str, new: str) -> None:
+    proto = parse(CHAIN.replace(old, new))
+    proto.graph.initializer.extend(chain().graph.initializer)
+    made, gone = dropped(proto)
+    assert gone == 0 and made == proto
+
+
+def test_a_kernel_that_is_read_twice_stays_whole() -> None:
+    proto = parse(CHAIN.replace("y)", "y, float[N, 12, 9, 9] z)", 1).replace(
+        "r = Relu (n)", "r = Relu (n) z = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, w1)"))  # fmt: skip
+    proto.graph.initializer.extend(chain().graph.initializer)
+    assert dropped(proto)[1] == 0
+
+
+def test_a_weight_that_users_may_feed_stays() -> None:
+    proto = chain()
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("w2", onnx.TensorProto.FLOAT, (5, 12, 3, 3)))
+    assert dropped(proto)[1] == 0
+
+
+def test_a_network_that_is_dead_throughout_keeps_a_channel() -> None:
+    proto = chain(shift=np.full(12, -100, "float32"))
+    made, gone = dropped(proto)
+    assert gone == 11
+    (y,) = run(made, feeds_of(proto, x=(2, 4, 9, 9)))
+    assert y.shape == (2, 5, 9, 9) and not y.any()
+
+
+def test_infinity_says_nothing_about_the_others() -> None:
+    shift = normal(12, seed=3)
+    shift[0] = np.inf
+    assert dropped(chain(shift=shift))[1] == 0
+
+
+@pytest.mark.parametrize("opset", [11, 13, 18, 21])
+def test_every_version_of_the_operators(opset: int) -> None:
+    proto = chain()
+    proto.opset_import[0].version = opset
+    assert dropped(proto)[1] == 4
+
+
+def test_half_precision() -> None:
+    proto = parse(CHAIN.replace("float[", "float16["), **{
+        tensor.name: numpy_helper.to_array(tensor).astype("float16") for tensor in chain().graph.initializer
+    })  # fmt: skip
+    made, gone = dropped(proto)
+    assert gone == 4
+    same(made, proto, 1e-2)
+
+
+def test_families_of_residual_streams_reach_over_all_blocks() -> None:
+    text = """g (float[N, 4, 9, 9] x) => (float[N, 5, 9, 9] y) {
+      a = Conv <kernel_shape = [1, 1]> (x, w0) b = Conv <kernel_shape = [1, 1]> (a, w1) r = Relu (b)
+      c = Conv <kernel_shape = [1, 1]> (r, w2) s = Add (a, c) y = Conv <kernel_shape = [1, 1]> (s, w3) }"""
+    kernels = {"w0": normal(6, 4, 1, 1), "w1": normal(8, 6, 1, 1), "w2": normal(6, 8, 1, 1), "w3": normal(5, 6, 1, 1)}
+    model = load(parse(text, **kernels))
+    found = {family.tensors: family for family in families(model, infer(model, {"x": (1, 4, 9, 9)}))}
+    assert set(found) == {("a", "c", "s"), ("b", "r")}
+    assert {reading.tensor for reading in found["a", "c", "s"].readings} == {"a", "s"}
+
+
+OPTIONS: dict[str, Any] = {"methods": "channel_svd,svd", "align": 1, "jobs": 1, "budget": {"macs": 0.7}}
+
+
+@pytest.fixture(scope="module")
+def samples() -> np.ndarray:
+    return feeds_of(chain(), seed=5, x=(40, 4, 9, 9))["x"]
+
+
+def test_the_report_counts_what_was_dropped_and_compares_with_what_was_given(
+    tmp_path: Path, samples: np.ndarray
+) -> None:
+    proto = chain()
+    made = lr.compress(proto, calibrate=[{"x": samples}], drop_dead_channels=True, **OPTIONS)
+    assert made.met and any("4 channel(s) that carry nothing on any of 40" in note for note in made.report.notes)
+    feeds = {"x": samples[:1]}
+    original, compressed = made.report.original, made.report.compressed
+    assert (original.macs, original.params) == tiny.count(proto, feeds)
+    made.save(tmp_path / "small.onnx")
+    assert (compressed.macs, compressed.params) == tiny.count(onnx.load(tmp_path / "small.onnx"), feeds)
+
+
+def test_it_alone_may_be_enough(samples: np.ndarray) -> None:
+    proto = chain()
+    made = lr.compress(
+        proto, calibrate=[{"x": samples}], drop_dead_channels=True, **(OPTIONS | {"budget": {"macs": 0.9}})
+    )
+    assert made.met and not made.report.unchanged and not made.report.layers
+    same(made.model, proto)
+
+
+def test_it_says_so_where_none_is_dead(samples: np.ndarray) -> None:
+    proto = chain(shift=normal(12, seed=3))
+    notes = lr.compress(proto, calibrate=[{"x": samples}], drop_dead_channels=True, **OPTIONS).report.notes
+    assert any("no channel was dropped: none is dead on all of 40 calibration samples" in note for note in notes)
+
+
+def test_it_needs_samples() -> None:
+    with pytest.raises(
+        lr.LowRankError, match="drop_dead_channels looks at what channels carry on samples: give calibrate"
+    ):
+        lr.compress(chain(), drop_dead_channels=True, **OPTIONS)
+
+
+def test_a_plan_made_with_it_is_carried_out_with_it(samples: np.ndarray) -> None:
+    options = OPTIONS | {"calibrate": [{"x": samples}], "drop_dead_channels": True}
+    plan = lr.analyze(chain(), **options)
+    del options["budget"], options["methods"]
+    made = lr.apply(chain(), plan, **options)
+    assert made.report.compressed.macs == plan.cost.macs
