@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx import numpy_helper
 
 import onnx_lowrank as lr
 from onnx_lowrank.channels import without_dead_channels
-from onnx_lowrank.graph.channels import families
+from onnx_lowrank.graph.channels import Kept, families, with_channels
+from onnx_lowrank.graph.constants import Constants
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.types import no_progress
-from tests import tiny
-from tests.helpers import assert_close, feeds_of, normal, parse, run
+from tests import random_models, tiny
+from tests.helpers import Feeds, assert_close, feeds_of, normal, parse, run
 
 CHAIN = """g (float[N, 4, 9, 9] x) => (float[N, 5, 9, 9] y) {
   [first] a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, w1, b1)
@@ -285,3 +289,152 @@ def test_a_plan_made_with_it_is_carried_out_with_it(samples: np.ndarray) -> None
     del options["budget"], options["methods"]
     made = lr.apply(chain(), plan, **options)
     assert made.report.compressed.macs == plan.cost.macs
+
+
+def without_reading(proto: onnx.ModelProto, kept: Sequence[Kept]) -> onnx.ModelProto:
+    """The model with zeros in the place of all that its kernels have for channels that are not kept."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    constants = Constants(load(proto))
+    for each in kept:
+        for reading in each.family.readings:
+            node = copy.graph.node[reading.part.position]
+            stem = node.input[1]
+            known = {tensor.name: numpy_helper.to_array(tensor) for tensor in copy.graph.initializer}
+            constant = constants.find(stem)
+            kernel = np.array(constant.read() if constant else known[stem])
+            rest = np.setdiff1d(np.arange(each.family.size), each.channels)
+            kernel[(slice(None),) * reading.part.axis + (rest,)] = 0
+            node.input[1] = f"{stem}_zeroed"
+            copy.graph.initializer.append(numpy_helper.from_array(kernel, node.input[1]))
+    return copy
+
+
+STEPS = (
+    *(
+        "Relu",
+        "Clip",
+        "HardSwish",
+        "Sigmoid",
+        "BatchNormalization",
+        "Add1",
+        "AddC",
+        "SubC",
+        "PRelu",
+        "depthwise",
+        "sum",
+        "product",
+    ),
+    *("gate", "Pad", "MaxPool", "AveragePool", "Resize", "mean", "conv", "conv", "conv"),
+)
+"""What a random network is made of; a number in front of C is one for each channel."""
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> onnx.ModelProto:
+    """Convolutions one after the other, and between them what works on every channel by itself."""
+    lines, stored, names, channels = [], dict[str, np.ndarray](), ["t0"], 6
+
+    def store(value: np.ndarray) -> str:
+        stored[f"w{len(stored)}"] = value.astype("float32")
+        return f"w{len(stored) - 1}"
+
+    def node(text: str) -> None:
+        names.append(f"t{len(lines) + 1}")
+        lines.append(f"{names[-1]} = {text}")
+
+    def conv(before: int, after: int, sides: tuple[int, ...] = (1, 3)) -> None:
+        side, bias = draw(st.sampled_from(sides)), draw(st.booleans())
+        pads = f", pads = [{', '.join(draw(st.sampled_from(('0', '1'))) * 4)}]" if side == 3 else ""
+        inputs = [
+            names[-1],
+            store(normal(after, before, side, side, seed=len(stored))),
+            *([store(normal(after))] * bias),
+        ]
+        node(f"Conv <kernel_shape = [{side}, {side}]{pads}> ({', '.join(inputs)})")
+
+    lines.append(f"t1 = Conv <kernel_shape = [1, 1]> (t0, {store(normal(channels, 3, 1, 1))})")
+    names.append("t1")
+    alike = [names[-1]]  # of the same channels and size
+    for step in draw(st.lists(st.sampled_from(STEPS), min_size=3, max_size=9)):
+        last, shape = names[-1], (channels, 1, 1)
+        if step in ("Relu", "HardSwish", "Sigmoid"):
+            node(f"{step} ({last})")
+        elif step == "Clip":
+            node(f"Clip ({last}, , {store(np.array(1.5))})")
+        elif step == "BatchNormalization":
+            values = [store(normal(channels, seed=i)) for i in range(3)] + [store(np.ones(channels))]
+            node(f"BatchNormalization ({last}, {', '.join(values)})")
+        elif step == "Add1":
+            node(f"Add ({store(np.array([0.3]))}, {last})")
+        elif step in ("AddC", "SubC"):
+            node(f"{step[:3]} ({store(normal(*shape))}, {last})")
+        elif step == "PRelu":
+            node(f"PRelu ({last}, {store(normal(*shape))})")
+        elif step == "depthwise":
+            kernel, bias = store(normal(channels, 1, 3, 3, seed=len(stored))), store(normal(channels))
+            node(f"Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = {channels}> ({last}, {kernel}, {bias})")
+        elif step in ("sum", "product"):
+            node(f"{'Add' if step == 'sum' else 'Mul'} ({draw(st.sampled_from(alike))}, {last})")
+        elif step == "gate":
+            node(f"GlobalAveragePool ({last})")
+            conv(channels, channels, sides=(1,))
+            node(f"Mul ({last}, {names[-1]})")
+        elif step == "mean":
+            node(f"ReduceMean <axes = [2, 3], keepdims = 1> ({last})")
+            node(f"Sub ({last}, {names[-1]})")
+        elif step == "Pad":
+            stored[f"w{len(stored)}"] = np.array([0, 0, 1, 0, 0, 0, 0, 2], np.int64)
+            node(f"Pad ({last}, w{len(stored) - 1})")
+        elif step in ("MaxPool", "AveragePool"):
+            node(f"{step} <kernel_shape = [2, 2]> ({last})")
+        elif step == "Resize":
+            node(f'Resize <mode = "nearest"> ({last}, , {store(np.array([1, 1, 2, 2]))})')
+        else:
+            after = draw(st.integers(2, 7))
+            conv(channels, after)
+            channels = after
+        if step in ("conv", "Pad", "MaxPool", "AveragePool", "Resize"):
+            alike.clear()
+        alike.append(names[-1])
+    conv(channels, 4)
+    body = " ".join(lines[:-1]) + f" y = {lines[-1].partition(' = ')[2]}"
+    return parse(f"g (float[1, 3, 16, 17] t0) => (float[1, 4, H, W] y) {{ {body} }}", **stored)
+
+
+def check_cut(proto: onnx.ModelProto, feeds: Feeds, seed: int) -> bool:
+    """Take channels out at random: what is left computes what it did with zeros in their place. Whether any was taken out."""
+    model, rng = load(proto), np.random.default_rng(seed)
+    kept = []
+    for family in families(model, infer(model, {name: value.shape for name, value in feeds.items()})):
+        channels = np.sort(rng.choice(family.size, int(rng.integers(1, family.size + 1)), replace=False))
+        kept.append(Kept(family, channels, {reading.tensor: np.zeros(family.size) for reading in family.readings}))
+    made = with_channels(model, kept).proto
+    onnx.checker.check_model(made, full_check=True)
+    for got, wanted in zip(run(made, feeds), run(without_reading(proto, kept), feeds), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4 * (1 + np.abs(wanted).max(initial=0)))
+    return any(len(each.channels) < each.family.size for each in kept)
+
+
+def test_any_channels_of_random_networks_can_be_taken_out() -> None:
+    cut = []
+
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(networks(), st.integers(0, 99))
+    def each(proto: onnx.ModelProto, seed: int) -> None:
+        cut.append(check_cut(proto, feeds_of(proto), seed))
+
+    each()
+    assert sum(cut) > len(cut) / 2
+
+
+def test_of_random_models_what_is_not_understood_is_left_alone() -> None:
+    cut = []
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(random_models.models(), st.integers(0, 99))
+    def each(case: tuple[onnx.ModelProto, Feeds], seed: int) -> None:
+        cut.append(check_cut(*case, seed))
+
+    each()
+    assert any(cut) and not all(cut)

@@ -34,3 +34,20 @@ def test_resnet20_at_half_of_the_macs(tmp_path: Path, calibrated: bool, agreemen
     assert result.met
     # plain SVD agrees on 15 % of these pictures, whitened SVD on 49 %
     assert result.report.accuracy.others["agreement"] > agreement
+
+
+@needs_shared
+def test_dead_channels_of_a_trained_network_cost_nothing(tmp_path: Path) -> None:
+    result = lr.compress(
+        SHARED / "models" / "cifar10_resnet20" / "model_bn.onnx",
+        calibrate=pictures(tmp_path, 512),
+        evaluate=SHARED / "cifar10" / "test_500.npz",
+        preprocess=PREPROCESS,
+        budget={"macs": 0.95},
+        drop_dead_channels=True,
+        align=1,
+        exclude=["*"],
+    )
+    assert result.met and not result.report.layers
+    assert result.report.accuracy.others["agreement"] == 1
+    assert result.report.accuracy.others["sqnr"] > 40
