@@ -95,7 +95,8 @@ def compress(
     model
         A path, a ModelProto, a graphsurgeon Graph or an onnx-ir Model; never changed.
     config, options
-        See :class:`~onnx_lowrank.config.Config`. At least one of ``budget``, ``max_drop`` and ``rank``.
+        See :class:`~onnx_lowrank.config.Config`. At least one of ``budget``, ``max_drop``, ``rank``, ``quantize`` and
+        ``drop_dead_channels``.
     details
         Also work out what the page of a report shows of each layer (``result.details``): spectra and error curves.
 
@@ -112,7 +113,8 @@ def compress(
     config = configured(config, options)
     recipe = find_recipe(config.recipe)
     config = recipe.configure(config)
-    if not config.budget and config.max_drop is None and not config.rank and config.quantize == "none":
+    wanted = config.budget or config.max_drop is not None or config.rank or config.drop_dead_channels
+    if not wanted and config.quantize == "none":
         raise LowRankError(
             "nothing was asked for: give a budget (macs=0.5), the largest drop accepted (max_drop 0.01), a rank estimator "
             "(vbmf) or quantize int8"

@@ -270,6 +270,16 @@ def test_it_alone_may_be_enough(samples: np.ndarray) -> None:
     same(made.model, proto)
 
 
+def test_nothing_else_need_be_asked_for(samples: np.ndarray) -> None:
+    proto = chain()
+    made = lr.compress(proto, calibrate=[{"x": samples}], drop_dead_channels=True, align=1, jobs=1)
+    assert made.met and not made.report.layers and made.report.compressed.macs < made.report.original.macs
+    same(made.model, proto)
+    awake = chain(shift=normal(12, seed=3))
+    made = lr.compress(awake, calibrate=[{"x": samples}], drop_dead_channels=True, align=1, jobs=1)
+    assert made.report.unchanged and made.model == awake
+
+
 def test_it_says_so_where_none_is_dead(samples: np.ndarray) -> None:
     proto = chain(shift=normal(12, seed=3))
     notes = lr.compress(proto, calibrate=[{"x": samples}], drop_dead_channels=True, **OPTIONS).report.notes

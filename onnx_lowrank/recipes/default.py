@@ -25,7 +25,7 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     config = planner.config
     if config.rank:
         return bench.tuned(bench.attempt(planner.estimated()))
-    if not config.budget and config.max_drop is None:  # nothing but eight bits
+    if not config.budget and config.max_drop is None:  # nothing but eight bits, or less of what is dead
         return bench.tuned(bench.attempt(planner.dense()))
     return bench.tuned(within_budgets(planner, bench)) if config.budget else within_drop(planner, bench)
 

@@ -84,7 +84,13 @@ def advice(planner: Planner, layers: Sequence[LayerReport], accuracy: Accuracy, 
             f"the machine was busy while the plan was made: the original took up to {planner.unrest:.1f} times as long as at best, and "
             f"what a plan takes is not sure; on a quiet one it may lose less for the same time"
         )
-    if layers and latency.speedup_high_95 < 1 and planner.timed_on_target:
+    slower = latency.speedup_high_95 < 1 and planner.timed_on_target
+    if slower and planner.config.drop_dead_channels and planner.block % runtime.block_size():
+        notes.append(
+            f"the result is slower than the original ({latency.speedup:.2f}x): with --align {planner.block}, channels that are left are no "
+            f"whole blocks of this machine's kernels; leave --align out where time counts"
+        )
+    elif slower and layers:
         notes.append(
             f"the result is slower than the original ({latency.speedup:.2f}x): its layers are too small for this machine "
             f"to gain; use --max-drop, or leave layers out with --exclude"
