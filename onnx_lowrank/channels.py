@@ -6,37 +6,49 @@ channel costs is no error's price, as a lower rank is: it is given back for noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_lowrank.graph.channels import Family, Kept, families, with_channels, with_ranges
+from onnx_lowrank.graph.channels import (
+    Family,
+    Kept,
+    families,
+    shifted_biases,
+    with_channels,
+    with_ranges,
+)
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.shapes import Shapes
 from onnx_lowrank.runtime import RunSettings, Session
 from onnx_lowrank.types import Progress
 
 LEAST_REACH = 1e-3
-"""Share of what the channel of the farthest reach adds to what reads it, up to which a channel carries nothing."""
+"""What all channels left out may move an output by at most, as a share of what the channel that moves it farthest does."""
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """What was left out: channels, of how many tensors' worth of them."""
+    """Channels that were left out, and places of the layers that make them in the graph as it was."""
 
     channels: int
-    families: int
+    makers: tuple[int, ...]
 
 
 def without_dead_channels(
-    model: Model, shapes: Shapes, feeds: Sequence[Mapping[str, np.ndarray]], block: int, progress: Progress
+    model: Model,
+    shapes: Shapes,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    block: int,
+    progress: Progress,
+    spared: Container[int] = (),
 ) -> tuple[Model, Dropped]:
     """`model` without the channels that carry nothing on any sample; itself where there are none.
 
-    A channel is left out where no position of any sample moves what reads it by more than ``LEAST_REACH`` of what the
-    channel that reaches farthest does. Where nothing is padded it may be any number, as long as that is the same everywhere:
-    it goes into the bias.
+    Channels are left out as long as together, at no position of any sample, they move any output of what reads them by more
+    than ``LEAST_REACH`` of what the channel that moves it farthest does. For a convolution that pads nothing a channel may be any
+    number, as long as that is the same everywhere: it goes into the bias. Elsewhere it has to be 0.
 
     Parameters
     ----------
@@ -46,39 +58,43 @@ def without_dead_channels(
         Samples, batch by batch.
     block
         Multiple that the channels left are kept to: kernels work on so many at once.
+    spared
+        Places of nodes in the graph that are to stay as they are.
     """
-    found = families(model, shapes)
-    if not found:
-        return model, Dropped(0, 0)
+    found = [family for family in families(model, shapes) if not any(part.position in spared for part in family.parts)]
     ranks = {reading.tensor: reading.rank for family in found for reading in family.readings}
-    ranges = _ranges(model, ranks, feeds, progress)
-    kept = [each for family in found if (each := _kept(family, ranges, block))]
+    ranges = _ranges(model, ranks, feeds, progress) if found else {}
+    kept = [each for family in found if (each := _kept(family, ranges, block)) and _fits(model, each)]
     if not kept:
-        return model, Dropped(0, 0)
-    gone = sum(each.family.size - len(each.channels) for each in kept)
-    return with_channels(model, kept), Dropped(gone, len(kept))
+        return model, Dropped(0, ())
+    makers = {place for each in kept for place in each.family.makers}
+    return with_channels(model, kept), Dropped(sum(len(each.gone) for each in kept), tuple(sorted(makers)))
 
 
 def _kept(family: Family, ranges: Mapping[str, tuple[np.ndarray, np.ndarray]], block: int) -> Kept | None:
     """What stays of a family; None where all of it does."""
-    farthest, values = np.zeros(family.size), {}
+    shares, values = [], {}
     for reading in family.readings:
         low, high = ranges[reading.tensor]
-        if reading.takes_constants:
-            values[reading.tensor] = (low + high) / 2
-            moved = (high - low) / 2
-        else:
-            moved = np.maximum(np.abs(low), np.abs(high))
-        reach = reading.norms * moved
-        if not np.isfinite(reach).all():
+        if not np.isfinite([low, high]).all():
             return None
-        farthest = np.maximum(farthest, reach / (reach.max() or 1.0))
-    alive = family.size - np.count_nonzero(farthest <= LEAST_REACH)
-    count = min(family.size, max(1, -(-alive // block)) * block)
-    if count == family.size:
-        return None
-    order = np.argsort(-farthest, kind="stable")
-    return Kept(family, np.sort(order[:count]), values)
+        spread = (high - low) / 2
+        moved = np.maximum(np.abs(low), np.abs(high))
+        if reading.takes_constants:
+            values[reading.tensor], moved = (low + high) / 2, spread
+        farthest = (reading.norms * spread).max(axis=1, keepdims=True)
+        reach = reading.norms * moved  # (O, C)
+        shares.append(np.divide(reach, farthest, out=np.where(reach > 0, np.inf, 0.0), where=farthest > 0))
+    each = np.concatenate(shares)
+    order = np.argsort(each.max(axis=0), kind="stable")
+    dead = np.count_nonzero(np.cumsum(each[:, order], axis=1).max(axis=0) <= LEAST_REACH)
+    count = min(family.size, max(1, -(-(family.size - dead) // block)) * block)
+    return None if count == family.size else Kept(family, np.sort(order[family.size - count :]), values)
+
+
+def _fits(model: Model, kept: Kept) -> bool:
+    """Whether the biases that take what is left out hold it."""
+    return all(np.isfinite(bias).all() for bias in shifted_biases(model, kept).values())
 
 
 def _ranges(

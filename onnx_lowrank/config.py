@@ -103,7 +103,7 @@ class Config:
         the tensors around them then stay in the layout of convolutions. The same function, but for NaN and infinity.
     drop_dead_channels
         Leave out the channels that carry nothing on any sample of `calibrate`, with all that is computed for them, first: what is
-        left is kept to the multiple of `align`.
+        left is kept to the multiple that ranks are kept to. Of layers that may be changed only.
     quantize
         ``int8``: the result is quantised at the end (QDQ, static, a scale for each channel of a kernel), on samples of
         `calibrate`; all that was asked for is held by the quantised model, and latency is planned in eight bits.

@@ -15,7 +15,7 @@ from onnx_lowrank.graph.shapes import declared
 from onnx_lowrank.interop import from_proto
 from onnx_lowrank.latency.bundle import Bundle, write_bundle
 from onnx_lowrank.planning.planner import Planner
-from onnx_lowrank.planning.plans import plan_to_dict, read_choices, read_plan
+from onnx_lowrank.planning.plans import check_dropped, plan_to_dict, read_choices, read_plan
 from onnx_lowrank.quantize import check_unquantized
 from onnx_lowrank.recipes import find_recipe
 from onnx_lowrank.report.data import Report, environment
@@ -74,6 +74,7 @@ def apply(
     if config.quantize != "none":
         check_unquantized(planner.subject.model)
     data = plan_to_dict(plan) if isinstance(plan, Plan) else read_plan(plan)
+    check_dropped(data, planner.subject.dropped)
     choices = read_choices(data, planner.subject.groups)
     lost = (MADE_WITH_SAMPLES,) if data.get("fitted") and not planner.fitting.wanted else ()
     with open_bench(planner) as bench:
@@ -117,7 +118,7 @@ def compress(
     if not wanted and config.quantize == "none":
         raise LowRankError(
             "nothing was asked for: give a budget (macs=0.5), the largest drop accepted (max_drop 0.01), a rank estimator "
-            "(vbmf) or quantize int8"
+            "(vbmf), quantize int8 or drop_dead_channels"
         )
     if config.max_drop is not None and config.evaluate is None and config.calibrate is None:
         raise LowRankError("max_drop needs samples to hold it on: give --evaluate DATA")

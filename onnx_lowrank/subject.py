@@ -15,11 +15,11 @@ from onnx_lowrank.candidates import Group, group_layers
 from onnx_lowrank.channels import without_dead_channels
 from onnx_lowrank.config import Config
 from onnx_lowrank.data import Dataset, open_data
-from onnx_lowrank.data.feeds import first_feeds, random_feeds
+from onnx_lowrank.data.feeds import count, first_feeds, random_feeds
 from onnx_lowrank.graph.constants import lists_all
 from onnx_lowrank.graph.datafile import is_large
 from onnx_lowrank.graph.dequantize import dequantized
-from onnx_lowrank.graph.find import Found, find_layers, model_cost, sized_tensors
+from onnx_lowrank.graph.find import SUPPORTED, Found, find_layers, model_cost, sized_tensors
 from onnx_lowrank.graph.limits import check_shapes
 from onnx_lowrank.graph.model import Model, all_graphs, load, serialize
 from onnx_lowrank.graph.sections import Section, sections
@@ -68,6 +68,8 @@ class Subject:
         Of the whole of `given`, in floating point.
     added
         What the cost of `model` is above that; below it where channels were dropped.
+    dropped
+        Dead channels that `model` is without.
     notes
         What had to be assumed.
     """
@@ -82,6 +84,7 @@ class Subject:
     skips: tuple[Skip, ...]
     cost: Cost
     added: Cost
+    dropped: int
     notes: tuple[str, ...]
 
     @property
@@ -184,8 +187,10 @@ def open_subject(
         )
     shapes = shapes_of(model, inputs, sizes)
     cost, unknown = model_cost(floating, shapes)
+    dropped = 0
     if dead_block:
-        model, shapes, note = _without_dead_channels(model, inputs, sizes, shapes, config, dead_block, progress)
+        model, dropped, note = _without_dead_channels(model, inputs, sizes, shapes, config, dead_block, progress)
+        shapes = shapes_of(model, inputs, sizes) if dropped else shapes
         notes += (note,)
     found = find_layers(model, shapes)
     spared = [layer for layer in found.layers if layer.name in shortcuts or not config.selects(layer.name)]
@@ -206,7 +211,8 @@ def open_subject(
     groups = group_layers(chosen)
     alone = [group.layers[0] for group in groups if len(group.layers) == 1 and not group.layers[0].weight_kept]
     repeated = _named_sections(alone, config) if config.group else sections(model, found, alone)
-    return Subject(given, model, inputs, sizes, found, groups, tuple(repeated), found.skips + left, cost, added, notes)
+    skips = found.skips + left
+    return Subject(given, model, inputs, sizes, found, groups, tuple(repeated), skips, cost, added, dropped, notes)
 
 
 def _without_dead_channels(
@@ -217,23 +223,24 @@ def _without_dead_channels(
     config: Config,
     block: int,
     progress: Progress,
-) -> tuple[Model, Shapes, str]:
-    """`model` without dead channels, the shapes of its tensors, and what is to be said of it."""
+) -> tuple[Model, int, str]:
+    """`model` without dead channels, how many there were, and what is to be said of it."""
     if is_large(model):
         raise LowRankError("drop_dead_channels takes models of less than 2 GB: leave it out")
     feeds = [feeds for feeds, _ in calibration_batches(config, inputs, sizes) or ()]
-    samples, blocks = (
-        sum(len(next(iter(each.values()))) for each in feeds),
-        f", in blocks of {block}" if block > 1 else "",
-    )
-    lean, dropped = without_dead_channels(model, shapes, feeds, block, progress)
+    layers = {place.position: name for name, place in find_layers(model, shapes).places.items()}
+    nodes = enumerate(model.graph.node)
+    names = {position: layers.get(position, node.name) for position, node in nodes if node.op_type in SUPPORTED}
+    spared = {position for position, name in names.items() if not config.selects(name)}
+    lean, dropped = without_dead_channels(model, shapes, feeds, block, progress, spared)
+    seen = f"on any of {count(feeds)} calibration samples"
+    blocks = f", in blocks of {block}" if block > 1 else ""
     if not dropped.channels:
-        return model, shapes, f"no channel was dropped: none is dead on all of {samples} calibration samples{blocks}"
-    note = (
-        f"{dropped.channels} channel(s) that carry nothing on any of {samples} calibration samples were dropped, of "
-        f"{dropped.families} layer(s) and what follows them{blocks}"
-    )
-    return lean, shapes_of(lean, inputs, sizes), note
+        return model, 0, f"no channel was dropped: there is none that carries nothing {seen}{blocks}"
+    made_by = ", ".join(names[position] for position in dropped.makers[:3])
+    more = f" and {len(dropped.makers) - 3} other layer(s)" if len(dropped.makers) > 3 else ""
+    note = f"{dropped.channels} channel(s) that carry nothing {seen} were dropped{blocks}: of {made_by}{more}"
+    return lean, dropped.channels, note
 
 
 def check_patterns(subject: Subject, config: Config) -> None:

@@ -430,6 +430,8 @@ class Plan:
         What each group could have become instead, as the plan saw it; empty where no allocation was made.
     fitted
         Whether it was made for kernels fitted to samples: those of the weights alone do worse.
+    dropped
+        Dead channels that were left out of the model before it was made.
     """
 
     choices: tuple[Candidate, ...]
@@ -439,6 +441,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     candidates: tuple[tuple[Candidate, ...], ...] = field(default=(), repr=False)
     fitted: bool = False
+    dropped: int = 0
 
     @property
     def cost(self) -> Cost:

@@ -11,6 +11,7 @@ import numpy as np
 
 from onnx_lowrank.cache import UNKEPT, Kept
 from onnx_lowrank.calibration.moments import LONG_ROWS, has_moment, is_long, moments_of, patch_length
+from onnx_lowrank.data.feeds import count
 from onnx_lowrank.graph.find import Found
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.segments import Cut, Segment, cuts, sources
@@ -60,11 +61,6 @@ class Activations:
     def keep(self, names: frozenset[str]) -> None:
         """Let go of every tensor but these."""
         self.batches = [{name: value for name, value in batch.items() if name in names} for batch in self.batches]
-
-
-def count(feeds: Sequence[Batch]) -> int:
-    """Samples in all batches."""
-    return sum(len(next(iter(batch.values()))) for batch in feeds)
 
 
 def few(feeds: Sequence[Batch], most: int) -> list[Batch]:

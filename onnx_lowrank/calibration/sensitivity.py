@@ -17,8 +17,9 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from onnx_lowrank.cache import UNKEPT, Kept
-from onnx_lowrank.calibration.calibrate import Activations, Loaded, count, run_segment
+from onnx_lowrank.calibration.calibrate import Activations, Loaded, run_segment
 from onnx_lowrank.candidates import Group, pareto, spread
+from onnx_lowrank.data.feeds import count
 from onnx_lowrank.decompositions import fits_to
 from onnx_lowrank.decompositions.levels import NONE
 from onnx_lowrank.graph.find import Found

@@ -223,3 +223,8 @@ def first_feeds(batches: Iterator[tuple[Feeds, np.ndarray | None]]) -> Feeds:
     for feeds, _ in batches:
         return feeds
     raise LowRankError("the data holds no sample: at least one was expected")
+
+
+def count(batches: Iterable[Mapping[str, np.ndarray]]) -> int:
+    """Samples in all batches: the length of the first input that has one."""
+    return sum(next((len(value) for value in batch.values() if value.ndim), 1) for batch in batches)

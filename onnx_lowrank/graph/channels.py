@@ -63,7 +63,7 @@ class Reading:
     tensor
         What is read.
     norms
-        Norm of what the kernel has for each channel, (C,).
+        Norm of what the kernel has for each channel, by output channel: (O, C), in float32.
     part
         The kernel.
     rank
@@ -87,6 +87,8 @@ class Family:
     ----------
     tensors
         Their names.
+    makers
+        Places of the layers that make them in the graph.
     size
         Channels, C.
     parts
@@ -96,6 +98,7 @@ class Family:
     """
 
     tensors: tuple[str, ...]
+    makers: tuple[int, ...]
     size: int
     parts: tuple[Part, ...]
     readings: tuple[Reading, ...]
@@ -117,6 +120,11 @@ class Kept:
     channels: np.ndarray
     values: Mapping[str, np.ndarray]
 
+    @property
+    def gone(self) -> np.ndarray:
+        """The other channels."""
+        return np.setdiff1d(np.arange(self.family.size), self.channels)
+
 
 def families(model: Model, shapes: Shapes) -> list[Family]:
     """Families of the main graph whose channels are all made by layers with a stored kernel, and read by such.
@@ -134,37 +142,62 @@ def with_channels(model: Model, kept: Sequence[Kept]) -> Model:
     copy = model.copy()
     constants, taken, listed = Constants(copy), tensor_names(copy.proto), lists_all(copy)
     nodes = list(copy.graph.node)
-    takes: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
+    takes: dict[tuple[int, int], list[tuple[int, Kept]]] = {}
+    biases: dict[int, np.ndarray] = {}
     sizes: dict[str, int] = {}
-    shifts = _shifts(nodes, constants, kept)
     for each in kept:
+        biases |= shifted_biases(copy, each)
         sizes |= dict.fromkeys(each.family.tensors, len(each.channels))
         for part in each.family.parts:
-            takes.setdefault((part.position, part.input), []).append((part.axis, each.channels))
+            takes.setdefault((part.position, part.input), []).append((part.axis, each))
             if part.regroup:
                 attributes(nodes[part.position])["group"].i = len(each.channels)
     unread: list[str] = []
-    for position, index in sorted({*takes, *((position, BIAS) for position in shifts)}):
-        node = nodes[position]
+    made: dict[object, str] = {}
+    for position, index in sorted({*takes, *((position, BIAS) for position in biases)}):
+        node, cuts = nodes[position], takes.get((position, index), [])
         old = node.input[index] if len(node.input) > index else ""
-        shift = shifts.get(position) if index == BIAS else None
-        if not old and shift is None:
+        shifted = biases.get(position) if index == BIAS else None
+        if not old and shifted is None:
             continue  # a bias that is not there
-        value = _read(constants, old) if old else np.zeros_like(shift)
-        if shift is not None:
-            value = (value.astype(np.float64) + shift.astype(np.float64)).astype(value.dtype)
-        for axis, channels in takes.get((position, index), ()):
-            value = value.take(channels, axis)
-        name = fresh_name(f"{old or node.output[0] + '_bias'}_kept", taken)
-        add_initializer(copy, numpy_helper.from_array(np.ascontiguousarray(value), name), listed=listed)
+        # what several nodes read is cut once, where they are of one family
+        key = (old, *((axis, id(each)) for axis, each in cuts)) if shifted is None else (position,)
+        if key not in made:
+            value = _read(constants, old) if shifted is None else shifted
+            for axis, each in cuts:
+                value = value.take(each.channels, axis)
+            made[key] = fresh_name(f"{old or node.output[0] + '_bias'}_kept", taken)
+            tensor = numpy_helper.from_array(np.ascontiguousarray(value), made[key])
+            add_initializer(copy, tensor, listed=listed)
         unread.append(old)
-        _set_input(node, index, name)
+        node.input.extend([""] * (index + 1 - len(node.input)))
+        node.input[index] = made[key]
     drop_unread(copy, unread)
     for value_info in copy.graph.value_info:
         dims = value_info.type.tensor_type.shape.dim
         if value_info.name in sizes and len(dims) > 1:
             dims[1].dim_value = sizes[value_info.name]
     return copy
+
+
+def shifted_biases(model: Model, kept: Kept) -> dict[int, np.ndarray]:
+    """Biases that take what channels left out add to the outputs of the nodes that read them, (O,), by the node's position.
+
+    In the kernel's type: not finite where that does not hold them.
+    """
+    constants, biases = Constants(model), dict[int, np.ndarray]()
+    for reading in kept.family.readings:
+        values = kept.values[reading.tensor][kept.gone] if reading.takes_constants else np.zeros(1)
+        if values.any():
+            node = model.graph.node[reading.part.position]
+            kernel = _read(constants, node.input[1])
+            over_taps = kernel.astype(np.float64).reshape(*kernel.shape[:2], -1).sum(axis=2)
+            bias = over_taps[:, kept.gone] @ values
+            if len(node.input) > BIAS and node.input[BIAS]:
+                bias += _read(constants, node.input[BIAS]).astype(np.float64)
+            with np.errstate(over="ignore"):
+                biases[reading.part.position] = bias.astype(kernel.dtype)
+    return biases
 
 
 def with_ranges(model: Model, ranks: Mapping[str, int]) -> tuple[Model, list[str]]:
@@ -187,31 +220,14 @@ def with_ranges(model: Model, ranks: Mapping[str, int]) -> tuple[Model, list[str
                 node.attribute.append(onnx.helper.make_attribute("axes", axes))
             else:
                 node.input.append(fresh_name(f"{node.output[0]}_axes", taken))
-                add_initializer(copy, numpy_helper.from_array(np.array(axes), node.input[1]), listed=lists_all(copy))
+                add_initializer(
+                    copy, numpy_helper.from_array(np.array(axes, np.int64), node.input[1]), listed=lists_all(copy)
+                )
             copy.graph.node.append(node)
             outputs += node.output
     del copy.graph.output[:]
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     return copy, outputs
-
-
-def _shifts(nodes: Sequence[onnx.NodeProto], constants: Constants, kept: Sequence[Kept]) -> dict[int, np.ndarray]:
-    """What channels left out add to the outputs of the nodes that read them, by the node's position; in the kernel's type."""
-    shifts: dict[int, np.ndarray] = {}
-    for each in kept:
-        gone = np.setdiff1d(np.arange(each.family.size), each.channels)
-        for reading in each.family.readings:
-            values = each.values[reading.tensor][gone] if reading.takes_constants else np.zeros(1)
-            if values.any():
-                kernel = _read(constants, nodes[reading.part.position].input[1])
-                over_taps = kernel.astype(np.float64).reshape(*kernel.shape[:2], -1).sum(axis=2)
-                shifts[reading.part.position] = (over_taps[:, gone] @ values).astype(kernel.dtype)
-    return shifts
-
-
-def _set_input(node: onnx.NodeProto, index: int, name: str) -> None:
-    node.input.extend([""] * (index + 1 - len(node.input)))
-    node.input[index] = name
 
 
 UNKNOWN = (0, 0)
@@ -260,34 +276,36 @@ class _Walk:
         together, closed = DisjointSet(), {value.name for value in [*self._graph.input, *self._graph.output]}
         parts: list[tuple[str, Part]] = []
         readings: list[Reading] = []
-        made: set[str] = set()
+        made: dict[str, int] = {}
         for position, node in enumerate(self._graph.node):
             ends = {name for name in [*tensors_read(node), *node.output] if name and not self._constants.find(name)}
             for name in ends:
                 together.add(name)
-            handler = self._handlers.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+            known = node.domain in ("", "ai.onnx") and node.input and node.output
+            handler = self._handlers.get(node.op_type) if known else None
             seen = handler(position, node) if handler else None
             if seen is None or not ends.issuperset(seen.joined):  # one of them is stored
                 closed |= ends
                 continue
             for other in seen.joined[1:]:
                 together.merge(seen.joined[0], other)
-            known = next((self._sizes[name] for name in seen.joined if name in self._sizes), None)
-            self._sizes |= {name: known for name in seen.joined if known and name not in self._sizes}
+            size = next((self._sizes[name] for name in seen.joined if name in self._sizes), None)
+            self._sizes |= {name: size for name in seen.joined if size and name not in self._sizes}
             parts += seen.parts
             readings += seen.readings
             if not seen.joined:
-                made.add(node.output[0])
+                made[node.output[0]] = position
         return [
             Family(
                 tuple(sorted(names)),
+                tuple(sorted(made[name] for name in names & made.keys())),
                 self._sizes[next(iter(names))][1],
                 tuple(part for name, part in parts if name in names),
                 tuple(reading for reading in readings if reading.tensor in names),
             )
             for names in together.subsets()
             if not names & closed
-            and names & made
+            and names & made.keys()
             and any(reading.tensor in names for reading in readings)
             and len(sizes := {self._sizes.get(name, UNKNOWN)[1] for name in names}) == 1
             and min(sizes) > 1
@@ -322,7 +340,7 @@ class _Walk:
         pads = any(attrs["pads"].ints) if "pads" in attrs else False
         bare = "auto_pad" not in attrs or attrs["auto_pad"].s in (b"NOTSET", b"VALID")
         part = Part(position, 1, 1)
-        norms = np.linalg.norm(np.moveaxis(weight.astype(np.float64), 1, 0).reshape(weight.shape[1], -1), axis=1)
+        norms = np.linalg.norm(weight.astype(np.float32).reshape(*weight.shape[:2], -1), axis=2)
         return _Seen((), [*made, (source, part)], [Reading(source, norms, part, weight.ndim, bare and not pads)])
 
     def _gemm(self, position: int, node: onnx.NodeProto) -> _Seen | None:
@@ -337,7 +355,7 @@ class _Walk:
         if bias is None:
             return None
         shape = bias.read().shape
-        if shape and shape[-1] > 1:
+        if shape and shape[-1] > 1:  # as all that is added number by number, it ends in the channels
             seen.parts.append((node.output[0], Part(position, BIAS, len(shape) - 1)))
         return seen
 
@@ -355,7 +373,7 @@ class _Walk:
             return None
         self._sizes.setdefault(output, (2, weight.shape[1 - axis]))
         part = Part(position, 1, axis)
-        norms = np.linalg.norm(weight.astype(np.float64), axis=1 - axis)
+        norms = np.abs(np.moveaxis(weight.astype(np.float32), axis, 1))
         return _Seen(
             (), [(output, Part(position, 1, 1 - axis)), (source, part)], [Reading(source, norms, part, 2, False)]
         )
@@ -380,7 +398,9 @@ class _Walk:
             return None
         joined, parts = [output], []
         for index, name in enumerate(node.input):
-            stored = self._constants.find(name)
+            stored = self._stored(name)
+            if stored is None and self._constants.find(name):
+                return None
             if stored is None:
                 size = self._sizes.get(name, UNKNOWN)
                 if size not in ((rank, channels), (rank, 1)):
@@ -389,9 +409,9 @@ class _Walk:
                 continue
             shape = stored.read().shape
             axis = 1 - (rank - len(shape))
+            if len(shape) > rank or (axis >= 0 and shape[axis] not in (1, channels)):
+                return None
             if axis >= 0 and shape[axis] > 1:
-                if self._stored(name) is None or shape[axis] != channels:
-                    return None
                 parts.append((output, Part(position, index, axis)))
         return _Seen(tuple(joined), parts)
 
@@ -410,14 +430,19 @@ class _Walk:
         return _Seen((node.input[0], node.output[0]))
 
     def _pad(self, position: int, node: onnx.NodeProto) -> _Seen | None:
-        rest = [self._stored(name) if name else None for name in node.input[1:]]
-        if not rest or rest[0] is None or any(rest[2:]):
+        rest = [self._stored(name) for name in node.input[1:] if name]
+        if not rest or None in rest or any(node.input[3:]):
             return None
-        amounts = rest[0].read().reshape(2, -1)
-        return None if amounts[:, :2].any() else _Seen((node.input[0], node.output[0]))
+        amounts = self._constants.find(node.input[1])
+        padded = amounts.read().ravel() if amounts else np.ones(1)
+        bare = len(padded) % 2 == 0 and not padded.reshape(2, -1)[:, :2].any()
+        return _Seen((node.input[0], node.output[0])) if bare else None
 
     def _resize(self, position: int, node: onnx.NodeProto) -> _Seen | None:
-        scales = self._stored(node.input[2]) if len(node.input) == 3 and node.input[2] else None
+        region = self._stored(node.input[1]) if len(node.input) == 3 else None
+        bare = len(node.input) == 3 and "axes" not in attributes(node)
+        bare = bare and (not node.input[1] or (region is not None and region.read().size == 0))
+        scales = self._stored(node.input[2]) if bare else None
         known = scales.read().ravel() if scales else np.zeros(0)
         same = len(known) > 2 and bool((known[:2] == 1).all())
         return _Seen((node.input[0], node.output[0])) if same else None

@@ -28,6 +28,11 @@ def check_target(subject: Subject, config: Config, target: Target) -> None:
     LowRankError
         Where it is not.
     """
+    changed = config.changes_first
+    if target.results and changed:
+        raise LowRankError(
+            f"{config.target} was measured of the model that was given, and {' and '.join(changed)} would make it another: leave it out"
+        )
     if target.results and target.results.model != digest(subject):
         raise LowRankError(
             f"{config.target} was measured of another model, or for inputs of other sizes ({target.results.name}): "
@@ -40,8 +45,7 @@ def check_target(subject: Subject, config: Config, target: Target) -> None:
         )
     if config.quantize != "none" and not target.eight_bits:
         raise LowRankError(f"target {target.name} takes no nodes in eight bits: leave out quantize {config.quantize}")
-    changed = config.changes_first
-    if (target.engine or target.results) and changed and config.needs_latency:
+    if target.engine and changed and config.needs_latency:
         raise LowRankError(
             f"target {target.name} is timed by models made of the one that was given, and {' and '.join(changed)} would make it "
             f"another: leave it out, or give a budget on macs or params"

@@ -8,9 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from onnx_lowrank.calibration.calibrate import Batch, collect, count, held_apart
+from onnx_lowrank.calibration.calibrate import Batch, collect, held_apart
 from onnx_lowrank.calibration.moments import together
 from onnx_lowrank.candidates import Group
+from onnx_lowrank.data.feeds import count
 from onnx_lowrank.planning.run import Run
 from onnx_lowrank.rewriting.refit import fits
 from onnx_lowrank.subject import calibration_batches

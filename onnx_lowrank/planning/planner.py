@@ -117,7 +117,7 @@ class Planner(Run):
         layers = [layer for group in self.subject.groups for layer in group.layers]
         spared = tuple(Skip(x.name, x.op_type, why) for x in layers if x.name in kept and (x.name not in refused))
         skips, notes = self.skips() + spared, self.subject.notes + notes
-        return Plan(tuple(choices), skips, rest, whole, notes, fitted=self.fitting.wanted)
+        return Plan(tuple(choices), skips, rest, whole, notes, fitted=self.fitting.wanted, dropped=self.subject.dropped)
 
     def _dense(self) -> list[Candidate]:
         """What leaves each group as it is."""

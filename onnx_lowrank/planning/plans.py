@@ -24,6 +24,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "fitted": plan.fitted,
+        "dropped_channels": plan.dropped,
         "original": plan.original.__dict__,
         "planned": plan.cost.__dict__,
         "choices": [{"layers": list(choice.layers), **_candidate(choice)} for choice in plan.choices],
@@ -69,6 +70,22 @@ def read_plan(source: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("choices"), list):
         raise LowRankError(f"{source} has no list of 'choices': a plan saved with --plan was expected")
     return data
+
+
+def check_dropped(data: Mapping[str, Any], dropped: int) -> None:
+    """See that a saved plan is of a model with as many dead channels left out as it is carried out on.
+
+    Raises
+    ------
+    LowRankError
+        Where it is not.
+    """
+    before = data.get("dropped_channels", 0)
+    if before != dropped:
+        raise LowRankError(
+            f"the plan is of the model less {before} dead channel(s), and here it is less {dropped}: give what it was made with "
+            f"(drop_dead_channels, and the same align and calibrate)"
+        )
 
 
 def read_choices(data: Mapping[str, Any], groups: Sequence[Group]) -> tuple[Candidate, ...]:

@@ -80,9 +80,10 @@ def search(planner: Planner, bench: Bench) -> Attempt:
     config = planner.config
     if config.budget:
         return bench.tuned(within_budgets(planner, bench))
+    if config.max_drop is None:  # nothing but eight bits, or less of what is dead
+        return bench.tuned(bench.attempt(planner.dense()))
     if planner.hopeless:
         return bench.attempt(planner.dense(NOTHING_TO_GAIN))
-    assert config.max_drop is not None
     metric = planner.counts(config.objective)
     best = bench.attempt(planner.dense())
     target = best.accuracy.original - config.max_drop
