@@ -46,8 +46,8 @@ def without_dead_channels(
 ) -> tuple[Model, Dropped]:
     """`model` without the channels that carry nothing on any sample; itself where there are none.
 
-    Channels are left out as long as together, at no position of any sample, they move any output of what reads them by more
-    than ``LEAST_REACH`` of what the channel that moves it farthest does. For a convolution that pads nothing a channel may be any
+    Channels are left out as long as together, at no position of any sample, they move an output of what reads them by more
+    than ``LEAST_REACH`` of what the channel does that moves it farthest. For a convolution that pads nothing a channel may be any
     number, as long as that is the same everywhere: it goes into the bias. Elsewhere it has to be 0.
 
     Parameters
