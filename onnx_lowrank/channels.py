@@ -11,14 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_lowrank.graph.channels import (
-    Family,
-    Kept,
-    families,
-    shifted_biases,
-    with_channels,
-    with_ranges,
-)
+from onnx_lowrank.graph.channels import Family, families
+from onnx_lowrank.graph.drop_channels import Kept, shifted_biases, with_channels, with_ranges
 from onnx_lowrank.graph.model import Model, serialize
 from onnx_lowrank.graph.shapes import Shapes
 from onnx_lowrank.runtime import RunSettings, Session

@@ -15,8 +15,9 @@ from onnx import numpy_helper
 
 import onnx_lowrank as lr
 from onnx_lowrank.channels import without_dead_channels
-from onnx_lowrank.graph.channels import Kept, families, with_channels
+from onnx_lowrank.graph.channels import families
 from onnx_lowrank.graph.constants import Constants
+from onnx_lowrank.graph.drop_channels import Kept, with_channels
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.types import no_progress
