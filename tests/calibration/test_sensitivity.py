@@ -92,7 +92,7 @@ def test_samples_whose_activations_do_not_fit_are_left_out_and_it_is_said(monkey
     options: dict[str, Any] = {"calibrate": feeds, "budget": {"macs": 0.5}, "methods": "channel_svd,svd"}
     whole = lr.compress(models.DIGITS, **options)
     assert not any("do not fit" in note for note in whole.report.notes)
-    monkeypatch.setattr("onnx_lowrank.planning.fitting.BATCH", 32)
+    monkeypatch.setattr("onnx_lowrank.subject.BATCH", 32)
     monkeypatch.setattr("onnx_lowrank.planning.fitting.FITTING_BYTES", 1)
     few = lr.compress(models.DIGITS, **options)
     assert few.met
