@@ -24,13 +24,13 @@ from onnx_lowrank.types import no_progress
 from tools.benchmark_accuracy import TASKS, Samples, Task, batches, photographs
 
 
-def scaled(name: str, side: int, centre: float, size: int = 1) -> Callable[[Path], tuple[Samples, Samples]]:
+def scaled(name: str, side: int, centre: float) -> Callable[[Path], tuple[Samples, Samples]]:
     """Photographs of one size, numbers about 0, in two halves."""
 
     def load(data: Path) -> tuple[Samples, Samples]:
         rows = [(np.asarray(p.resize((side, side)), np.float32) - centre) / 128 for p, _ in photographs(data)]
         stacked = np.ascontiguousarray(np.stack(rows[:300]).transpose(0, 3, 1, 2))
-        return batches(name, stacked[:200], size=size), batches(name, stacked[200:], size=size)
+        return batches(name, stacked[:200], size=1), batches(name, stacked[200:], size=1)
 
     return load
 

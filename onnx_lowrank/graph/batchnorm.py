@@ -123,7 +123,7 @@ def in_inference(node: onnx.NodeProto, opset: int) -> bool:
 def _value(constants: Constants, name: str) -> np.ndarray | None:
     """The constant called `name`; None where there is none, or a user may feed another."""
     constant = constants.find(name)
-    return constant.read() if constant and not constant.overridable and not constant.quantized else None
+    return constant.read() if constant and constant.fixed else None
 
 
 def _group(conv: onnx.NodeProto) -> int:

@@ -192,7 +192,7 @@ class _Walk:
     def _stored(self, name: str, *, alone: bool = False) -> Constant | None:
         """The stored tensor called `name`, which no user may feed; with `alone` only one that nothing else reads."""
         constant = self._constants.find(name) if name else None
-        if constant is None or constant.overridable or constant.quantized:
+        if constant is None or not constant.fixed:
             return None
         if alone and any(self._count[link] > 1 for link in self._constants.chain(name)):
             return None
@@ -227,12 +227,10 @@ class _Walk:
         if "transA" in attrs and attrs["transA"].i:
             return None
         seen = self._product(position, node, 1 if turned else 0)
-        if seen is None or len(node.input) <= BIAS or not node.input[BIAS]:
-            return seen
-        bias = self._stored(node.input[BIAS])
-        if bias is None:
+        if seen is None or not self._bias(node):
             return None
-        shape = bias.read().shape
+        bias = self._stored(node.input[BIAS]) if len(node.input) > BIAS else None
+        shape = bias.read().shape if bias else ()
         if shape and shape[-1] > 1:  # as all that is added number by number, it ends in the channels
             seen.parts.append((node.output[0], Part(position, BIAS, len(shape) - 1)))
         return seen

@@ -54,6 +54,11 @@ class Constant:
     source: str = ""
     steps: int = 0
 
+    @property
+    def fixed(self) -> bool:
+        """Whether it is what is stored, in every run: no user may feed another, and nothing is quantised on the way."""
+        return not self.overridable and not self.quantized
+
 
 class Constants:
     """Looks up the constants of the main graph of a model."""

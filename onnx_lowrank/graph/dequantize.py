@@ -58,7 +58,7 @@ def _store_kernels(model: Model) -> int:
             continue
         for name in filter(None, node.input):
             constant = constants.find(name)
-            if name not in known and constant and not constant.quantized and not constant.overridable:
+            if name not in known and constant and constant.fixed:
                 known[name] = constant.read()
         if all(name in known for name in node.input if name):
             known[node.output[0]] = _computed(node, model, {name: known[name] for name in node.input if name})
@@ -134,7 +134,7 @@ def _computed(node: onnx.NodeProto, model: Model, values: dict[str, np.ndarray])
 def _highest(node: onnx.NodeProto, constants: Constants) -> np.ndarray | None:
     """The largest value of a quantised tensor whose smallest number stands for zero; None for others."""
     found = [constants.find(name) for name in node.input[1:] if name]
-    if len(found) < 2 or any(each is None or each.quantized or each.overridable for each in found):
+    if len(found) < 2 or any(each is None or not each.fixed for each in found):
         return None
     scale, zero = (each.read() for each in found if each)
     if scale.size != 1 or zero.dtype.kind not in "iu" or zero != np.iinfo(zero.dtype).min:

@@ -108,7 +108,7 @@ def with_ranges(model: Model, ranks: Mapping[str, int]) -> tuple[Model, list[str
         Axes of each tensor that is looked at, by its name; two outputs for each, in this order, (C,) in float32.
     """
     copy = model.copy()
-    taken, outputs = tensor_names(copy.proto), list[str]()
+    taken, listed, outputs = tensor_names(copy.proto), lists_all(copy), list[str]()
     for name, rank in ranks.items():
         wide = fresh_name(f"{name}_wide", taken)  # reductions do not take every type
         copy.graph.node.append(onnx.helper.make_node("Cast", [name], [wide], to=onnx.TensorProto.FLOAT))
@@ -119,9 +119,7 @@ def with_ranges(model: Model, ranks: Mapping[str, int]) -> tuple[Model, list[str
                 node.attribute.append(onnx.helper.make_attribute("axes", axes))
             else:
                 node.input.append(fresh_name(f"{node.output[0]}_axes", taken))
-                add_initializer(
-                    copy, numpy_helper.from_array(np.array(axes, np.int64), node.input[1]), listed=lists_all(copy)
-                )
+                add_initializer(copy, numpy_helper.from_array(np.array(axes, np.int64), node.input[1]), listed=listed)
             copy.graph.node.append(node)
             outputs += node.output
     del copy.graph.output[:]
